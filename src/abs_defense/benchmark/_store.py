@@ -1,0 +1,78 @@
+"""Finished pieces of an evaluation on disk: whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from abs_defense._files import replace_atomically, require_writable_folder
+
+
+@dataclass(frozen=True)
+class PieceKey:
+    """What a piece is the result of; two pieces with equal keys are interchangeable.
+
+    Attributes:
+        model: name of the model.
+        model_settings: its hyperparameters and the hash of its weights.
+        attack: name of the attack, ``"clean"`` for none.
+        attack_settings: its arguments.
+        images_sha256: of the images and labels of the whole run.
+        start, stop: the shard of images.
+        seed: of the global random state that foolbox's attacks draw from.
+        versions: of the libraries.
+    """
+
+    model: str
+    model_settings: dict[str, Any]
+    attack: str
+    attack_settings: dict[str, Any]
+    images_sha256: str
+    start: int
+    stop: int
+    seed: int
+    versions: dict[str, str]
+
+    def digest(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True, default=repr)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Store:
+    """A folder of pieces, each one ``.npz`` with its arrays and, as ``manifest``, its key as JSON.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = require_writable_folder(folder)
+
+    def path(self, key: PieceKey) -> Path:
+        return self.folder / f"{key.model}-{key.attack}-{key.start:05d}-{key.digest()}.npz"
+
+    def load(self, key: PieceKey) -> Arrays | None:
+        """The arrays of a finished piece, or None if it is not there or not readable."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files if name != "manifest"}
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return None
+
+    def save(self, key: PieceKey, arrays: Arrays) -> None:
+        manifest = json.dumps(asdict(key), sort_keys=True, default=repr)
+        with replace_atomically(self.path(key)) as path, path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, manifest=np.array(manifest), **arrays)

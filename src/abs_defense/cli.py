@@ -1,0 +1,166 @@
+"""The command line: parses and delegates."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from abs_defense.data import ImageSet, download_mnist, foolbox_digits, load_idx_dataset
+from abs_defense.models import MODEL_NAMES, bundled_weights, load_card
+
+app = typer.Typer(help="The Analysis-by-Synthesis classifier: evaluate, train, inspect.", no_args_is_help=True)
+train_app = typer.Typer(help="Train models.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the four IDX files of MNIST or a relative (gzip or raw).")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
+
+
+def main() -> None:
+    """Run the command line; expected errors are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: all.")
+    ] = None,
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option(help="Fetch MNIST's test images (into the user's cache).")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    attacks: Annotated[bool, typer.Option(help="Run the attacks, or measure the clean accuracy only.")] = True,
+    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    out: Annotated[Path, typer.Option(help="Folder for the report; a stopped run continues there.")] = Path(
+        "abs-defense-report"
+    ),
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Accuracy and robustness of the bundled models; by default on the 20 digits that foolbox ships."""
+    from abs_defense.benchmark import FIRST_ATTACKS, format_value, run_evaluation
+
+    names = list(dict.fromkeys(model or MODEL_NAMES))
+    for name in names:
+        if name not in MODEL_NAMES:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(MODEL_NAMES)}", param_hint="--model")
+    data = _test_images(data_dir, download)
+    result = run_evaluation(
+        names,
+        FIRST_ATTACKS if attacks else (),
+        data if images is None else data.head(images),
+        out,
+        weights=weights,
+        device=_device(device),
+        seed=seed,
+        command=_command(),
+    )
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    table = Table(title=f"{data.name}: the smallest distance over the attacks counts")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in result.rows:
+        table.add_row(*(format_value(c, row[c]) if c in row else "" for c in columns))
+    console = Console()
+    console.print(table)
+    for error in result.errors:
+        console.print(f"[red]{_escape(error)}[/]")
+    console.print(f"report: {_escape(str(result.report))}", soft_wrap=True)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+@train_app.command("abs")
+def train_abs_command(
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, losses and weights.")] = Path("abs-training"),
+    download: Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, before its decay.")] = 3e-3,
+    decay_from: Annotated[int, typer.Option(min=0, help="Epoch from which the learning rate falls (cosine).")] = 50,
+    kl_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which the KL weight falls from 10 to 1.")] = 50,
+    augment: Annotated[bool, typer.Option(help="Light zoom, shear, skew, elastic distortion.")] = True,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Epochs between checkpoints.")] = 2,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
+    test: Annotated[bool, typer.Option(help="Measure the accuracy on all test images at the end.")] = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """One VAE a class by the paper's recipe, then calibration. Continues in --out where it was stopped."""
+    from abs_defense.training import VAETraining, train_abs
+
+    if data_dir is None and not download:
+        raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
+    train_set = download_mnist("train") if data_dir is None else load_idx_dataset(data_dir, "train")
+    test_set = None
+    if test:
+        test_set = download_mnist("test") if data_dir is None else load_idx_dataset(data_dir, "test")
+    config = VAETraining(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        decay_from=decay_from,
+        kl_epochs=kl_epochs,
+        augment=augment,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    card = train_abs(
+        train_set,
+        out,
+        config,
+        test=test_set,
+        calibration_images=calibration_images,
+        device=_device(device),
+        command=_command(),
+    )
+    Console().print_json(json.dumps(card))
+
+
+@app.command()
+def models() -> None:
+    """The bundled weights and their cards."""
+    console = Console()
+    for name in bundled_weights():
+        console.print(f"[bold]{name}[/]")
+        console.print_json(json.dumps(load_card(name)))
+    console.print(f"models: {', '.join(MODEL_NAMES)}")
+
+
+def _test_images(data_dir: Path | None, download: bool) -> ImageSet:
+    if data_dir is not None:
+        return load_idx_dataset(data_dir, "test")
+    return download_mnist("test") if download else foolbox_digits()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
+    return device
+
+
+def _command() -> str:
+    return shlex.join(["abs-defense", *sys.argv[1:]])
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

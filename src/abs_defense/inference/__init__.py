@@ -1,0 +1,33 @@
+"""Latent inference: from images to energies, latents and reconstructions. Knows no labels and no attacks."""
+
+from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack
+from abs_defense.inference._descent import descend, project_to_ball
+from abs_defense.inference._energy import energy, kl_divergence
+from abs_defense.inference._infer import (
+    Inference,
+    InferenceSettings,
+    envelope_gradient,
+    infer_latents,
+    reconstruct,
+    unrolled_gradient,
+)
+from abs_defense.inference._prototypes import Prototypes, sample_latents
+
+__all__ = [
+    "IMAGE_SHAPE",
+    "PIXELS",
+    "ClassDecoder",
+    "DecoderStack",
+    "Inference",
+    "InferenceSettings",
+    "Prototypes",
+    "descend",
+    "energy",
+    "envelope_gradient",
+    "infer_latents",
+    "kl_divergence",
+    "project_to_ball",
+    "reconstruct",
+    "sample_latents",
+    "unrolled_gradient",
+]

@@ -1,0 +1,134 @@
+"""The paper's inference: best of many prototypes, then latent descent, for every class (section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder
+from abs_defense.inference._descent import descend
+from abs_defense.inference._energy import energy
+from abs_defense.inference._prototypes import Prototypes
+
+_CHUNK_CPU = 128
+_CHUNK_CUDA = 2048
+_CHUNK_UNROLLED = 16
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What inference found for N images and C classes with L latents.
+
+    Attributes:
+        energy: E_c(x), ``(N, C)``, nats summed over pixels; the prediction is the class of lowest energy. For Binary
+            ABS it is that of the binarised image and includes the factor gamma_c.
+        latents: z*, ``(N, C, L)``.
+        reconstructions: G_c(z*), ``(N, C, 1, 28, 28)`` in (0, 1).
+    """
+
+    energy: Tensor
+    latents: Tensor
+    reconstructions: Tensor
+
+    @property
+    def prediction(self) -> Tensor:
+        """Class of lowest energy, ``(N,)``."""
+        return self.energy.argmin(dim=1)
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """Hyperparameters of inference; see ``abs_defense.ABS`` for their meaning."""
+
+    steps: int
+    lr: float
+    radius: float
+    beta: float
+
+
+def chunk_size(images: Tensor) -> int:
+    """How many images are worked on at once: small enough to stay in a CPU's cache, large enough to fill a GPU."""
+    return _CHUNK_CUDA if images.is_cuda else _CHUNK_CPU
+
+
+def decode(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
+    """G_c(z): ``(N, C, L) -> (N, C, 784)``."""
+    return torch.stack([decoder(z) for decoder, z in zip(decoders, latents.unbind(1), strict=True)], dim=1)
+
+
+def infer_latents(
+    decoders: Sequence[ClassDecoder], prototypes: Prototypes, images: Tensor, settings: InferenceSettings
+) -> tuple[Tensor, Tensor]:
+    """Energies ``(N, C)`` and latents ``(N, C, L)`` of images ``(N, 784)``, in bounded memory."""
+    classes = len(decoders)
+    energies = images.new_empty(len(images), classes)
+    latents = images.new_empty(len(images), classes, prototypes.latents.shape[1])
+    size = chunk_size(images)
+    parts = zip(images.split(size), energies.split(size), latents.split(size), strict=True)
+    for x, energy_out, latents_out in parts:
+        indices, start_energy = prototypes.nearest(x, settings.beta)
+        z = prototypes.latents.to(images.dtype)[indices]
+        if settings.steps == 0:
+            energy_out.copy_(start_energy.T)
+            latents_out.copy_(z.transpose(0, 1))
+            continue
+        z = _descend(decoders, x, z, settings).transpose(0, 1)
+        energy_out.copy_(energy(x[:, None], decode(decoders, z), z, settings.beta))
+        latents_out.copy_(z)
+    return energies, latents
+
+
+def reconstruct(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
+    """G_c(z) as images: ``(N, C, L) -> (N, C, 1, 28, 28)``, in bounded working memory."""
+    out = latents.new_empty(*latents.shape[:2], PIXELS)
+    size = chunk_size(latents)
+    for z, target in zip(latents.split(size), out.split(size), strict=True):
+        target.copy_(decode(decoders, z))
+    return out.view(*latents.shape[:2], *IMAGE_SHAPE)
+
+
+def envelope_gradient(
+    decoders: Sequence[ClassDecoder], images: Tensor, latents: Tensor, grad_energies: Tensor
+) -> Tensor:
+    """Gradient of sum_c w_c E_c(x) at fixed latents: sum_c 2 w_c (x - G_c(z*)), ``(N, 784)``.
+
+    By the envelope theorem this is the gradient of min_z where z* is stationary.
+    """
+    gradient = torch.empty_like(images)
+    size = chunk_size(images)
+    parts = zip(images.split(size), latents.split(size), grad_energies.split(size), gradient.split(size), strict=True)
+    for x, z, w, target in parts:
+        target.copy_((2.0 * w[:, :, None] * (x[:, None] - decode(decoders, z))).sum(dim=1))
+    return gradient
+
+
+def unrolled_gradient(
+    decoders: Sequence[ClassDecoder],
+    prototypes: Prototypes,
+    images: Tensor,
+    grad_energies: Tensor,
+    settings: InferenceSettings,
+) -> Tensor:
+    """Gradient of sum_c w_c E_c(x) through every step of the descent, ``(N, 784)``.
+
+    The descent is run again with a graph, for a few images and one class at a time, so memory stays bounded. The
+    choice of the starting prototype is piecewise constant and contributes nothing.
+    """
+    gradient = torch.zeros_like(images)
+    size = _CHUNK_UNROLLED
+    for x, w, target in zip(images.split(size), grad_energies.split(size), gradient.split(size), strict=True):
+        starts = prototypes.latents.to(images.dtype)[prototypes.nearest(x, settings.beta)[0]]
+        for decoder, start, w_class in zip(decoders, starts, w.unbind(1), strict=True):
+            with torch.enable_grad():
+                live = x.clone().requires_grad_()
+                z = _descend([decoder], live, start[None], settings)[0]
+                weighted = (w_class * energy(live, decoder(z), z, settings.beta)).sum()
+                target += torch.autograd.grad(weighted, live)[0]
+    return gradient
+
+
+def _descend(decoders: Sequence[ClassDecoder], x: Tensor, start: Tensor, settings: InferenceSettings) -> Tensor:
+    return descend(decoders, x, start, steps=settings.steps, lr=settings.lr, radius=settings.radius, beta=settings.beta)

@@ -1,0 +1,280 @@
+"""ABS and Binary ABS as modules that map images to logits (Schott et al. 2018, sections 3 and 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from abs_defense.inference import (
+    PIXELS,
+    Inference,
+    InferenceSettings,
+    Prototypes,
+    envelope_gradient,
+    infer_latents,
+    reconstruct,
+    sample_latents,
+    unrolled_gradient,
+)
+from abs_defense.models._images import check_images
+from abs_defense.models._weights import Weights, load_weights
+
+Gradient = Literal["envelope", "unrolled", "none"]
+
+
+class ABS(nn.Module):
+    """Analysis by Synthesis: which class's generative model explains the image best?
+
+    For each class y the energy ``E_y(x) = min_z ||G_y(z) - x||^2 + beta * 0.5 ||z||^2`` is minimised by inference:
+    the best of ``prototypes`` decoded samples of the prior, then ``steps`` updates of Adam over z, projected to the
+    ball ``||z|| <= radius`` (section 3). The logits are ``alpha * l_y(x)`` with ``l_y = -E_y / 784`` (eq. 8); the
+    paper's bound l*_y is -E_y.
+
+    The module takes ``(N, 1, 28, 28)`` floating point images in [0, 1] and returns ``(N, C)`` float32 logits. An
+    image's logits do not depend on its batch. Weights are frozen.
+
+    The authors' code makes 49 updates where the paper says 50 iterations; ``steps`` counts updates.
+
+    Args:
+        weights: ``"mnist"`` (bundled), a ``.safetensors`` file, a folder with the authors' ``ABS_*.net``,
+            ``Weights`` in memory, or None for an untrained model of 10 classes.
+        prototypes: number of prior samples decoded per class.
+        steps: updates of latent descent; 0 classifies by the best prototype alone.
+        lr: Adam's step size on z.
+        radius: of the ball that z is kept in.
+        beta: weight of the KL term.
+        gradient: what back-propagation from the logits yields. ``"envelope"``: the gradient at fixed latents,
+            ``2 (x - G(z*))`` per energy, exact where z* is stationary. ``"unrolled"``: through every update of the
+            descent. ``"none"``: the logits are detached.
+        seed: of the prior samples.
+
+    Attributes:
+        alpha, eta: of the confidence softmax, see ``predict_proba``; buffers that come with the weights.
+
+    Raises:
+        ValueError: a setting is out of its range, or the weights are damaged or of another architecture.
+        FileNotFoundError: no such weights.
+    """
+
+    prototype_latents: Tensor
+    prototype_images: Tensor
+    prototype_offsets: Tensor
+    alpha: Tensor
+    eta: Tensor
+
+    def __init__(
+        self,
+        weights: str | Path | Weights | None = "mnist",
+        *,
+        prototypes: int = 8000,
+        steps: int = 50,
+        lr: float = 0.05,
+        radius: float = 5.0,
+        beta: float = 1.0,
+        gradient: Gradient = "envelope",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_settings(prototypes=prototypes, steps=steps, lr=lr, radius=radius, beta=beta, gradient=gradient)
+        loaded = weights if isinstance(weights, Weights) else load_weights(weights)
+        self.decoders = loaded.decoders
+        self.settings = InferenceSettings(steps=steps, lr=lr, radius=radius, beta=beta)
+        self.gradient: Gradient = gradient
+        self.seed = seed
+        self._register_calibration(loaded)
+        latents = sample_latents(prototypes, self.latent_dim, seed)
+        self.register_buffer("prototype_latents", latents, persistent=False)
+        for name in ("prototype_images", "prototype_offsets"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._decode_prototypes()
+        self.register_load_state_dict_post_hook(_decode_prototypes_again)  # type: ignore[no-untyped-call]
+        self.eval()
+
+    def _register_calibration(self, weights: Weights) -> None:
+        self.register_buffer("alpha", torch.tensor(weights.calibration.alpha))
+        self.register_buffer("eta", torch.tensor(weights.calibration.eta))
+
+    def _decode_prototypes(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            latents = self.prototype_latents.to(self._dtype)
+            decoded = Prototypes.decode(self.decoders.class_decoders(), latents, self.settings.beta)
+        dtype = self.prototype_latents.dtype
+        self.prototype_images, self.prototype_offsets = decoded.images.to(dtype), decoded.offsets.to(dtype)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self.decoders.num_classes
+
+    @property
+    def latent_dim(self) -> int:
+        """L, the number of latents of each VAE."""
+        return self.decoders.latent_dim
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.prototype_latents.dtype, torch.float32)
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        return (
+            f"classes={self.num_classes}, prototypes={len(self.prototype_latents)}, steps={s.steps}, lr={s.lr}, "
+            f"radius={s.radius}, beta={s.beta}, gradient={self.gradient!r}, seed={self.seed}"
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``alpha * l_y(x)``: ``(N, 1, 28, 28) -> (N, C)``, float32.
+
+        Raises:
+            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
+        """
+        check_images(images)
+        energies: Tensor = _Energies.apply(images, self)  # type: ignore[no-untyped-call]
+        if self.gradient == "none":
+            energies = energies.detach()
+        logits = -self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS
+        return logits.float()
+
+    def predict_proba(self, images: Tensor) -> Tensor:
+        """Confidence softmax p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta), ``(N, C)`` (eq. 8).
+
+        The offset eta makes the confidence uniform, not high, far from the data.
+
+        Raises:
+            TypeError, ValueError: as ``forward``.
+        """
+        logits: Tensor = self(images)
+        likelihood = logits.exp() + self.eta.float()
+        return likelihood / likelihood.sum(dim=1, keepdim=True)
+
+    def infer(self, images: Tensor) -> Inference:
+        """Energies, latents and reconstructions of all classes, without gradients.
+
+        Raises:
+            TypeError, ValueError: as ``forward``.
+        """
+        check_images(images)
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(images.device):
+            flat = self._flatten(images)
+            decoders = self.decoders.class_decoders()
+            energies, latents = infer_latents(decoders, self._prototypes(), flat, self.settings)
+            reconstructions = reconstruct(decoders, latents)
+            return Inference(self._scale(energies).float(), latents.float(), reconstructions.float())
+
+    def weights_sha256(self) -> str:
+        """Digest of the weights and calibration in use: which model a number was measured on."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _flatten(self, images: Tensor) -> Tensor:
+        return self._see(images.detach()).flatten(1).to(self._dtype).clone()
+
+    def _see(self, images: Tensor) -> Tensor:
+        """What the VAEs see of the images."""
+        return images
+
+    def _scale(self, energies: Tensor) -> Tensor:
+        """Energies as they are compared between classes."""
+        return energies
+
+    def _prototypes(self) -> Prototypes:
+        return Prototypes(self.prototype_latents, self.prototype_images, self.prototype_offsets)
+
+
+class BinaryABS(ABS):
+    """Binary ABS: ABS on images binarised at 0.5, each class's energy multiplied by gamma_y (section 3).
+
+    gamma comes with the weights; it is found on training data. Gradients pass the threshold straight through (BPDA)
+    unless ``gradient="none"``. Arguments, shapes and errors are those of ``ABS``.
+
+    Attributes:
+        gamma: ``(C,)``, a buffer that comes with the weights.
+    """
+
+    gamma: Tensor
+
+    def _register_calibration(self, weights: Weights) -> None:
+        super()._register_calibration(weights)
+        self.register_buffer("gamma", torch.tensor(weights.calibration.gamma))
+
+    def weights_sha256(self) -> str:
+        """Digest of the weights and calibration in use: which model a number was measured on."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _flatten(self, images: Tensor) -> Tensor:
+        return self._see(images.detach()).flatten(1).to(self._dtype).clone()
+
+    def _see(self, images: Tensor) -> Tensor:
+        return (images > 0.5).to(images.dtype)
+
+    def _scale(self, energies: Tensor) -> Tensor:
+        return energies * self.gamma.to(energies.dtype)
+
+
+class _Energies(torch.autograd.Function):
+    """E_c(x), ``(N, C)``, with the gradient policy of the model; inference itself leaves no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, model: ABS) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(images.device):
+            flat = model._flatten(images)
+            decoders = model.decoders.class_decoders()
+            energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings)
+        ctx.save_for_backward(flat, latents)
+        ctx.model, ctx.decoders = model, decoders
+        ctx.shape, ctx.dtype = images.shape, images.dtype
+        return energies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_energies: Tensor) -> tuple[Tensor, None]:
+        images, latents = ctx.saved_tensors
+        model: ABS = ctx.model
+        with _full_precision(images.device):
+            if model.gradient == "unrolled" and model.settings.steps:
+                gradient = unrolled_gradient(ctx.decoders, model._prototypes(), images, grad_energies, model.settings)
+            else:
+                gradient = envelope_gradient(ctx.decoders, images, latents, grad_energies)
+        return gradient.view(ctx.shape).to(ctx.dtype), None
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 inside; what the caller had set is put back."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+        yield
+
+
+def _decode_prototypes_again(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, ABS)
+    module._decode_prototypes()
+
+
+def _check_settings(*, prototypes: int, steps: int, lr: float, radius: float, beta: float, gradient: str) -> None:
+    if prototypes < 1:
+        raise ValueError(f"prototypes: expected at least 1, got {prototypes}")
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
+    for name, value in {"lr": lr, "radius": radius}.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if not beta >= 0:
+        raise ValueError(f"beta: expected 0 or more, got {beta}")
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient: expected one of {', '.join(get_args(Gradient))}, got {gradient!r}")

@@ -1,0 +1,32 @@
+"""Models by name, for the command line and for benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from abs_defense.models._abs import ABS, BinaryABS, Gradient
+
+_MODELS: dict[str, Callable[..., ABS]] = {
+    "abs": ABS,
+    "binary-abs": BinaryABS,
+    "prototype-abs": partial(ABS, steps=0),
+}
+
+MODEL_NAMES = tuple(_MODELS)
+
+
+def load_model(name: str, *, weights: str | Path = "mnist", gradient: Gradient = "envelope", seed: int = 0) -> ABS:
+    """A ready model by name, in evaluation mode on the CPU.
+
+    Args:
+        name: ``"abs"``, ``"binary-abs"`` or ``"prototype-abs"`` (ABS without latent descent).
+        weights, gradient, seed: as for ``ABS``.
+
+    Raises:
+        ValueError: no model of that name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+    return _MODELS[name](weights, gradient=gradient, seed=seed)

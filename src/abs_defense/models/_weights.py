@@ -1,0 +1,219 @@
+"""Weights of ABS models: our safetensors files, the bundled ones, and the authors' checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from abs_defense._files import replace_atomically
+from abs_defense.inference import DecoderStack
+from abs_defense.models._vae import Decoder
+
+FORMAT = "abs-defense/decoders/1"
+_LAYERS = range(4)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Numbers found after training.
+
+    Attributes:
+        alpha: scale of the logits.
+        eta: offset of the confidence softmax.
+        gamma: Binary ABS's factor for each class.
+    """
+
+    alpha: float
+    eta: float
+    gamma: tuple[float, ...]
+
+
+PAPER_CALIBRATION = Calibration(
+    alpha=440.0, eta=0.000039, gamma=(1.0, 0.96, 1.001, 1.06, 0.98, 0.96, 1.03, 1.0, 1.0, 1.0)
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All that inference needs: the decoders and their calibration."""
+
+    decoders: DecoderStack
+    calibration: Calibration
+
+
+def bundled_weights() -> dict[str, Path]:
+    """Names and files of the weights in this package."""
+    folder = Path(str(importlib.resources.files("abs_defense.models") / "bundled"))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load_card(name: str) -> dict[str, Any]:
+    """The card of bundled weights: data, recipe, seed, command, date, sha256, test figures.
+
+    Raises:
+        FileNotFoundError: no such bundled weights.
+    """
+    card: dict[str, Any] = json.loads(_bundled(name).with_suffix(".json").read_text())
+    return card
+
+
+def sha256(path: str | Path) -> str:
+    """Digest of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_weights(source: str | Path | None) -> Weights:
+    """Weights from a bundled name, a ``.safetensors`` file, the authors' folder of ``ABS_*.net``, or None (untrained).
+
+    Nothing pickled is executed: the authors' files are read by torch's restricted loader.
+
+    Raises:
+        FileNotFoundError: neither a bundled name nor an existing path.
+        ValueError: the file is truncated, is no such file, is a pickle with code in it, or holds another architecture.
+    """
+    if source is None:
+        return _untrained()
+    path = Path(source)
+    if path.is_dir():
+        return load_authors_weights(path)
+    if path.is_file():
+        return _load_file(path)
+    return _load_file(_bundled(str(source)))
+
+
+def save_weights(path: str | Path, weights: Weights) -> None:
+    """Write a ``.safetensors`` file that ``load_weights`` reads; it appears whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.decoders.state_dict().items()}
+    metadata = {"format": FORMAT, "calibration": json.dumps(asdict(weights.calibration))}
+    with replace_atomically(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata)
+
+
+def _untrained() -> Weights:
+    """Randomly initialised decoders of 10 classes, the same each time, with the paper's calibration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoders = [Decoder().eval() for _ in range(10)]
+    return Weights(fold_decoders(decoders), PAPER_CALIBRATION)
+
+
+def fold_decoders(decoders: Sequence[nn.Module]) -> DecoderStack:
+    """Stack trained decoders (``Decoder`` modules), their batch norms folded into the convolutions."""
+    return _fold([decoder.state_dict() for decoder in decoders])
+
+
+def load_authors_weights(folder: str | Path) -> Weights:
+    """The authors' released checkpoints ``ABS_0.net`` .. ``ABS_{C-1}.net``, with the paper's calibration.
+
+    Raises:
+        FileNotFoundError: the folder has no such files, or one of them is missing.
+        ValueError: a file is damaged, is a pickle with code in it, or holds another architecture.
+    """
+    folder = Path(folder)
+    numbers = [int(m[1]) for p in folder.glob("ABS_*.net") if (m := re.fullmatch(r"ABS_(\d+)\.net", p.name))]
+    if not numbers:
+        raise FileNotFoundError(f"{folder} holds no ABS_*.net files of the authors")
+    paths = [folder / f"ABS_{c}.net" for c in range(max(max(numbers) + 1, 10))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    stack = _fold([_authors_decoder(path) for path in paths])
+    gamma = PAPER_CALIBRATION.gamma if len(paths) == 10 else (1.0,) * len(paths)
+    return Weights(stack, Calibration(PAPER_CALIBRATION.alpha, PAPER_CALIBRATION.eta, gamma))
+
+
+def _authors_decoder(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, because it is damaged or holds more than tensors (a pickle may run any code): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a PyTorch checkpoint: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
+    prefix = "Decoder."
+    decoder = {str(k)[len(prefix) :]: v for k, v in state.items() if str(k).startswith(prefix)}
+    with torch.device("meta"):  # no values, so nothing is drawn from the global random state
+        expected = {key for key in Decoder().state_dict() if not key.endswith("num_batches_tracked")}
+    if not expected <= decoder.keys():
+        absent = ", ".join(sorted(prefix + key for key in expected - decoder.keys()))
+        raise ValueError(f"{path}: these are the weights of another architecture; it lacks {absent}")
+    return decoder
+
+
+def _fold(states: Sequence[Mapping[str, Tensor]]) -> DecoderStack:
+    epsilon = nn.BatchNorm2d(1).eps
+    weights: list[list[Tensor]] = [[] for _ in _LAYERS]
+    biases: list[list[Tensor]] = [[] for _ in _LAYERS]
+    for state in states:
+        for i in _LAYERS:
+            weight, bias = state[f"conv_{i}.weight"], state[f"conv_{i}.bias"]
+            if f"bn_{i}.weight" in state:
+                mean, variance, scale, shift = (
+                    state[f"bn_{i}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+                )
+                weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, epsilon, scale, shift, transpose=True)
+            weights[i].append(weight.detach())
+            biases[i].append(bias.detach())
+    try:
+        return DecoderStack([torch.stack(w) for w in weights], [torch.stack(b) for b in biases])
+    except RuntimeError as error:
+        raise ValueError(f"the decoders of the classes differ in shape: {error}") from error
+
+
+def _bundled(name: str) -> Path:
+    bundled = bundled_weights()
+    if name not in bundled:
+        raise FileNotFoundError(
+            f"no weights at {name!r}: expected a bundled name ({', '.join(bundled) or 'none in this installation'}), "
+            "a .safetensors file, or a folder with the authors' ABS_*.net"
+        )
+    return bundled[name]
+
+
+def _load_file(path: Path) -> Weights:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, truncated, or not a safetensors file: {error}") from error
+    names = [f"{kind}_{i}" for i in _LAYERS for kind in ("weight", "bias")]
+    if metadata.get("format") != FORMAT or not set(names) <= tensors.keys():
+        raise ValueError(
+            f"{path}: expected decoders of ABS (format {FORMAT!r}), got format {metadata.get('format')!r} "
+            f"with tensors {', '.join(sorted(tensors)[:4]) or 'none'}"
+        )
+    try:
+        stack = DecoderStack([tensors[f"weight_{i}"] for i in _LAYERS], [tensors[f"bias_{i}"] for i in _LAYERS])
+        calibration = _parse_calibration(metadata.get("calibration", ""), stack.num_classes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Weights(stack, calibration)
+
+
+def _parse_calibration(text: str, num_classes: int) -> Calibration:
+    try:
+        raw = json.loads(text)
+        calibration = Calibration(float(raw["alpha"]), float(raw["eta"]), tuple(float(g) for g in raw["gamma"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"damaged calibration {text!r}: {error}") from error
+    if len(calibration.gamma) != num_classes:
+        raise ValueError(f"calibration has {len(calibration.gamma)} gammas for {num_classes} classes")
+    return calibration

@@ -1,0 +1,139 @@
+"""One whole training: VAEs, calibration, test figures, weights and their card."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from abs_defense._files import replace_atomically, require_writable_folder
+from abs_defense._versions import versions
+from abs_defense.data import ImageSet
+from abs_defense.inference import DecoderStack
+from abs_defense.models import ABS, VAE, BinaryABS, Calibration, Weights, fold_decoders, save_weights
+from abs_defense.models._weights import sha256
+from abs_defense.training._calibrate import calibrate, class_energies
+from abs_defense.training._vaes import VAETraining, train_vaes
+
+WEIGHTS = "abs.safetensors"
+VAES = "vaes.safetensors"
+CARD = "abs.json"
+
+
+def train_abs(
+    train: ImageSet,
+    out: str | Path,
+    config: VAETraining | None = None,
+    *,
+    test: ImageSet | None = None,
+    calibration_images: int = 10_000,
+    device: str | torch.device = "cpu",
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train ABS and write ``abs.safetensors`` (decoders and calibration), ``vaes.safetensors`` (with the encoders)
+    and the card ``abs.json``. Every stage that is finished is kept; a later call continues after it.
+
+    Args:
+        train: training images; also those of the calibration.
+        out: folder; made if missing.
+        config: recipe of the VAEs.
+        test: if given, ABS and Binary ABS are tested on all of it and the accuracies go into the card.
+        calibration_images: how many training images the calibration looks at.
+        device: where to compute.
+        command: the command line, for the card.
+        progress: show progress bars.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: see ``train_vaes`` and ``calibrate``; also if ``test`` has other classes than ``train``.
+        OSError: the folder cannot be written.
+    """
+    config = config or VAETraining()
+    if test is not None and test.num_classes > train.num_classes:
+        raise ValueError(f"the test images have {test.num_classes} classes, the training images {train.num_classes}")
+    folder = require_writable_folder(out)
+    vaes = train_vaes(train, folder, config, device=device, progress=progress)
+    _save_vaes(folder / VAES, vaes, config)
+    decoders = fold_decoders([vae.decoder for vae in vaes])
+    identity = {"recipe": asdict(config), "images": train.sha256(), "calibration_images": calibration_images}
+    calibration = _calibration(folder, identity, decoders, train, calibration_images, config.seed, device, progress)
+    weights = Weights(decoders, calibration)
+    save_weights(folder / WEIGHTS, weights)
+    figures = None
+    if test is not None:
+        identity = {**identity, "weights": sha256(folder / WEIGHTS), "test": test.sha256()}
+        figures = _stage(folder / "figures.json", identity, lambda: _test_figures(weights, test, device, progress))
+    card = {
+        "name": "ABS and Binary ABS, one VAE a class",
+        "data": train.name,
+        "data_sha256": train.sha256(),
+        "recipe": asdict(config),
+        "calibration_images": calibration_images,
+        "calibration": asdict(calibration),
+        "seed": config.seed,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "sha256": sha256(folder / WEIGHTS),
+        "test_figures": figures,
+        "versions": versions(),
+        "licence": "Apache-2.0",
+    }
+    with replace_atomically(folder / CARD) as path:
+        path.write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def _calibration(
+    folder: Path,
+    identity: dict[str, Any],
+    decoders: DecoderStack,
+    data: ImageSet,
+    images: int,
+    seed: int,
+    device: str | torch.device,
+    progress: bool,
+) -> Calibration:
+    def compute() -> dict[str, Any]:
+        found = calibrate(decoders, data, images=images, seed=seed, device=device, progress=progress)
+        return asdict(found)
+
+    raw = _stage(folder / "calibration.json", identity, compute)
+    return Calibration(raw["alpha"], raw["eta"], tuple(raw["gamma"]))
+
+
+def _stage(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a stage from its file, if that is of the same identity; else computed and written."""
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if saved["identity"] == identity:
+            result: dict[str, Any] = saved["result"]
+            return result
+    result = compute()
+    with replace_atomically(path) as temporary:
+        temporary.write_text(json.dumps({"identity": identity, "result": result}, indent=2) + "\n")
+    return result
+
+
+def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, progress: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {"images": len(test), "data": test.name, "data_sha256": test.sha256()}
+    for name, model in {"abs": ABS(weights), "binary-abs": BinaryABS(weights)}.items():
+        energies = class_energies(model.to(device), test.images, progress=progress)
+        figures[name] = {"accuracy": (energies.argmin(1) == test.labels).double().mean().item()}
+    return figures
+
+
+def _save_vaes(path: Path, vaes: list[VAE], config: VAETraining) -> None:
+    tensors = {f"{c}.{name}": value for c, vae in enumerate(vaes) for name, value in vae.state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    with replace_atomically(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"recipe": json.dumps(asdict(config))})

@@ -1,0 +1,128 @@
+"""The authors' released weights: our inference against the logits of their code, and the rules at full size."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from abs_defense import ABS, BinaryABS
+from abs_defense.data import load_idx_dataset
+from abs_defense.inference import Prototypes, _descent, infer_latents, project_to_ball
+from abs_defense.models import load_weights
+
+UPDATES = 49  # The authors' 50 iterations make 49 updates.
+
+
+def authors_projection(latents, radius):
+    """The authors' ``clip_to_sphere``, which loses the signs of the latents it clips."""
+    norms = latents.norm(dim=-1, keepdim=True)
+    return torch.where(norms > radius, (latents.square() * (radius / norms).square()).sqrt(), latents)
+
+
+@pytest.fixture(scope="module")
+def reference(shared_data):
+    with np.load(shared_data / "schott2018" / "reference_logits.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def images(shared_data, reference):
+    test_set = load_idx_dataset(shared_data / "mnist").head(100)
+    assert torch.equal(test_set.labels, reference["labels"].long())
+    return test_set.images
+
+
+@pytest.fixture(scope="module")
+def models(shared_data, reference):
+    """Both models with the prototypes the authors drew, which are decoded once."""
+    weights = load_weights(shared_data / "schott2018")
+    models = {"abs": ABS(weights, prototypes=1, steps=UPDATES), "binary": BinaryABS(weights, prototypes=1, steps=UPDATES)}
+    latents = reference["latents"].float()
+    decoded = Prototypes.decode(weights.decoders.class_decoders(), latents, beta=1.0)
+    for model in models.values():
+        model.prototype_latents = latents
+        model.prototype_images, model.prototype_offsets = decoded.images, decoded.offsets
+    return models
+
+
+@pytest.fixture(scope="module")
+def few_prototypes(shared_data):
+    """Both models as a user has them, but for a smaller number of prototypes."""
+    weights = load_weights(shared_data / "schott2018")
+    return {"abs": ABS(weights, prototypes=500), "binary": BinaryABS(weights, prototypes=500)}
+
+
+@pytest.mark.parametrize("name", ["abs", "binary"])
+def test_energies_equal_the_authors_with_their_slip(models, images, reference, monkeypatch, name):
+    monkeypatch.setattr(_descent, "project_to_ball", authors_projection)
+    energies = models[name].infer(images).energy
+    assert_close(energies.double(), -784 * reference[name].double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["abs", "binary"])
+def test_energies_equal_the_authors_where_nothing_was_clipped(models, images, reference, monkeypatch, name):
+    clipped = torch.zeros(10, 100, dtype=torch.bool)
+
+    def watched(latents, radius):
+        clipped.logical_or_(latents.norm(dim=-1) > radius)
+        return project_to_ball(latents, radius)
+
+    monkeypatch.setattr(_descent, "project_to_ball", watched)
+    energies, published = models[name].infer(images).energy.double(), -784 * reference[name].double()
+    untouched = ~clipped.T
+    assert 0.02 < clipped.float().mean() < 0.3
+    assert_close(energies[untouched], published[untouched], rtol=1e-5, atol=0)
+    # The slip makes energies too high, never too low.
+    assert (energies[~untouched] < published[~untouched] * (1 + 1e-5)).float().mean() > 0.9
+    assert torch.equal(energies.argmin(1), published.argmin(1))
+
+
+def test_models_recognise_the_digits(few_prototypes, digits):
+    for model in few_prototypes.values():
+        assert (model(digits.images).argmax(1) == digits.labels).sum() >= 19
+
+
+@pytest.mark.parametrize("name", ["abs", "binary"])
+def test_logits_do_not_depend_on_the_batch(few_prototypes, digits, name):
+    model = few_prototypes[name]
+    together = model(digits.images)
+    assert_close(torch.cat([model(image[None]) for image in digits.images]), together, rtol=1e-4, atol=0)
+    assert_close(model(digits.images.flip(0)).flip(0), together, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["abs", "binary"])
+def test_float32_agrees_with_float64(few_prototypes, digits, name):
+    model, x = few_prototypes[name], digits.images[:5]
+    decoders = copy.deepcopy(model.decoders).double().class_decoders()
+    latents = model.prototype_latents.double()
+    prototypes = Prototypes.decode(decoders, latents, beta=1.0)
+    seen = (x > 0.5).double() if name == "binary" else x.double()
+    gamma = model.gamma.double() if name == "binary" else 1.0
+    expected = gamma * infer_latents(decoders, prototypes, seen.flatten(1), model.settings)[0]
+    assert_close(model.infer(x).energy.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_envelope_gradient_equals_finite_differences(shared_data, digits):
+    """300 small steps make nearly all latents stationary; then the gradient at fixed latents is that of the minimum."""
+    model = ABS(shared_data / "schott2018", prototypes=200, steps=300, lr=0.01).double()
+    x = (0.05 + 0.9 * digits.images[:2]).double().requires_grad_()
+    logits = model(x)
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(logits.shape, generator=generator)
+    (gradient,) = torch.autograd.grad((cotangent * logits).sum(), x)
+    x = x.detach()
+
+    prototypes = Prototypes(model.prototype_latents, model.prototype_images, model.prototype_offsets)
+    decoders = model.decoders.class_decoders()
+
+    def objective(images):
+        energies = infer_latents(decoders, prototypes, images.flatten(1), model.settings)[0]
+        return float((cotangent * -440.0 / 784 * energies).sum())
+
+    h = 1e-4
+    random_directions = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64)
+    for direction in (28 * gradient / gradient.norm(), *random_directions):
+        difference = (objective(x + h * direction) - objective(x - h * direction)) / (2 * h)
+        assert float((gradient * direction).sum()) == pytest.approx(difference, rel=0.05)
