@@ -141,16 +141,15 @@ def small_binary(random_weights):
 
 @pytest.fixture(scope="session")
 def own_images(small_abs):
-    """Factory of images that ``small_abs`` decodes itself, with their classes: it recognises them surely."""
+    """Factory of images that ``small_abs`` decodes from likely latents, with their classes in turn.
+
+    They are its prototypes of least norm, so that it recognises them surely.
+    """
 
     def make(count):
-        generator = torch.Generator().manual_seed(5)
-        classes = small_abs.num_classes
-        latents = torch.randn(classes, -(-count // classes), small_abs.latent_dim, generator=generator)
-        with torch.no_grad():
-            images = small_abs.decoders(latents)
-        labels = torch.arange(classes)[:, None].expand(images.shape[:2])
-        # One image of each class after the other.
-        return images.transpose(0, 1).flatten(0, 1)[:count].clone(), labels.T.flatten()[:count].clone()
+        likely = small_abs.prototype_latents.norm(dim=1).argsort()
+        classes = torch.arange(count) % small_abs.num_classes
+        images = small_abs.prototype_images[classes, likely[torch.arange(count) // small_abs.num_classes]]
+        return images.view(count, 1, 28, 28).clone(), classes
 
     return make

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from abs_defense import ABS, BinaryABS
 from abs_defense.data import load_idx_dataset
-from abs_defense.inference import Prototypes, _descent, infer_latents, project_to_ball
-from abs_defense.models import load_weights
+from abs_defense.inference import DecoderStack, Prototypes, _descent, infer_latents, project_to_ball
+from abs_defense.models import Calibration, Weights, load_weights
 
 UPDATES = 49  # The authors' 50 iterations make 49 updates.
 
@@ -38,7 +38,10 @@ def images(shared_data, reference):
 def models(shared_data, reference):
     """Both models with the prototypes the authors drew, which are decoded once."""
     weights = load_weights(shared_data / "schott2018")
-    models = {"abs": ABS(weights, prototypes=1, steps=UPDATES), "binary": BinaryABS(weights, prototypes=1, steps=UPDATES)}
+    models = {
+        "abs": ABS(weights, prototypes=1, steps=UPDATES),
+        "binary": BinaryABS(weights, prototypes=1, steps=UPDATES),
+    }
     latents = reference["latents"].float()
     decoded = Prototypes.decode(weights.decoders.class_decoders(), latents, beta=1.0)
     for model in models.values():
@@ -88,13 +91,14 @@ def test_models_recognise_the_digits(few_prototypes, digits):
 def test_logits_do_not_depend_on_the_batch(few_prototypes, digits, name):
     model = few_prototypes[name]
     together = model(digits.images)
-    assert_close(torch.cat([model(image[None]) for image in digits.images]), together, rtol=1e-4, atol=0)
+    alone = torch.cat([model(image[None]) for image in digits.images[::4]])
+    assert_close(alone, together[::4], rtol=1e-4, atol=0)
     assert_close(model(digits.images.flip(0)).flip(0), together, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ["abs", "binary"])
 def test_float32_agrees_with_float64(few_prototypes, digits, name):
-    model, x = few_prototypes[name], digits.images[:5]
+    model, x = few_prototypes[name], digits.images[:4]
     decoders = copy.deepcopy(model.decoders).double().class_decoders()
     latents = model.prototype_latents.double()
     prototypes = Prototypes.decode(decoders, latents, beta=1.0)
@@ -104,25 +108,32 @@ def test_float32_agrees_with_float64(few_prototypes, digits, name):
     assert_close(model.infer(x).energy.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_envelope_gradient_equals_finite_differences(shared_data, digits):
-    """300 small steps make nearly all latents stationary; then the gradient at fixed latents is that of the minimum."""
-    model = ABS(shared_data / "schott2018", prototypes=200, steps=300, lr=0.01).double()
+def test_envelope_gradient_equals_finite_differences_where_latents_are_stationary(shared_data, digits):
+    """The envelope theorem, for each class energy of a seven and a two, in two directions."""
+    decoders = load_weights(shared_data / "schott2018").decoders
+    state, classes = decoders.state_dict(), [1, 2, 3, 7]
+    subset = DecoderStack(
+        [state[f"weight_{i}"][classes] for i in range(4)], [state[f"bias_{i}"][classes] for i in range(4)]
+    )
+    weights = Weights(subset, Calibration(alpha=440.0, eta=3.9e-5, gamma=(1.0,) * 4))
+    model = ABS(weights, prototypes=200, steps=600, lr=0.01).double()
     x = (0.05 + 0.9 * digits.images[:2]).double().requires_grad_()
     logits = model(x)
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(logits.shape, generator=generator)
-    (gradient,) = torch.autograd.grad((cotangent * logits).sum(), x)
-    x = x.detach()
+    gradients = torch.stack([torch.autograd.grad(logits[:, c].sum(), x, retain_graph=True)[0] for c in range(4)], dim=1)
 
-    prototypes = Prototypes(model.prototype_latents, model.prototype_images, model.prototype_offsets)
-    decoders = model.decoders.class_decoders()
-
-    def objective(images):
-        energies = infer_latents(decoders, prototypes, images.flatten(1), model.settings)[0]
-        return float((cotangent * -440.0 / 784 * energies).sum())
-
+    directions = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions[1] = gradients.sum(1) / gradients.sum(1).abs().max()
     h = 1e-4
-    random_directions = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64)
-    for direction in (28 * gradient / gradient.norm(), *random_directions):
-        difference = (objective(x + h * direction) - objective(x - h * direction)) / (2 * h)
-        assert float((gradient * direction).sum()) == pytest.approx(difference, rel=0.05)
+    points = torch.stack([torch.zeros_like(directions), h * directions, -h * directions]) + x.detach()
+    fast = model.decoders.class_decoders()
+    prototypes = Prototypes(model.prototype_latents, model.prototype_images, model.prototype_offsets)
+    energies, latents = infer_latents(fast, prototypes, points.view(-1, 784), model.settings)
+    energies, latents = energies.view(3, 2, 2, 4), latents.view(3, 2, 2, 4, 8)[0, 0]
+    differences = -440.0 / 784 * (energies[1] - energies[2]) / (2 * h)
+    slopes = (gradients * directions[:, :, None]).sum((3, 4, 5))
+
+    flat = x.detach().flatten(1)
+    forces = [d.squared_error_gradient(z, flat) + z for d, z in zip(fast, latents.unbind(1), strict=True)]
+    stationary = torch.stack(forces, dim=1).norm(dim=2) < 1e-3
+    assert stationary.sum() >= 5
+    assert_close(slopes[:, stationary], differences[:, stationary], rtol=0.01, atol=0)

@@ -473,12 +473,12 @@ def test_unrolled_gradient_equals_finite_differences(random_stack, radius):
     def objective(x):
         return float((cotangent * infer_latents(decoders, prototypes, x, few)[0]).sum())
 
-    h = 1e-5
+    h = 1e-6
     for seed in range(5):
         direction = normal(2, 784, seed=seed)
         difference = (objective(images + h * direction) - objective(images - h * direction)) / (2 * h)
         slope = float((gradient * direction).sum())
-        assert slope == pytest.approx(difference, rel=1e-4, abs=1e-6 * float(gradient.norm()))
+        assert slope == pytest.approx(difference, rel=1e-5, abs=1e-8 * float(gradient.norm()))
 
 
 def test_unrolled_gradient_of_many_images_equals_a_loop(random_stack):

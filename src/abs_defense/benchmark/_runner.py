@@ -140,9 +140,9 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
 def _clean(model: ABS, x: Tensor, bar: tqdm[Any]) -> Arrays:
     started = time.perf_counter()
     with torch.no_grad():
-        probabilities = model.predict_proba(x)
+        logits = model(x)
+        predictions, confidences = logits.argmax(dim=1), model.confidence_softmax(logits).amax(dim=1)
     bar.update(len(x))
-    confidences, predictions = probabilities.max(dim=1)
     return {
         "predictions": predictions.cpu().numpy(),
         "confidences": confidences.cpu().numpy(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,18 @@ class InferenceSettings:
     beta: float
 
 
-def chunk_size(images: Tensor) -> int:
+def _chunk_size(images: Tensor) -> int:
     """How many images are worked on at once: small enough to stay in a CPU's cache, large enough to fill a GPU."""
     return _CHUNK_CUDA if images.is_cuda else _CHUNK_CPU
 
 
-def decode(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same images in each tensor; none for an empty batch."""
+    for start in range(0, len(tensors[0]), size):
+        yield tuple(tensor[start : start + size] for tensor in tensors)
+
+
+def _decode(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
     """G_c(z): ``(N, C, L) -> (N, C, 784)``."""
     return torch.stack([decoder(z) for decoder, z in zip(decoders, latents.unbind(1), strict=True)], dim=1)
 
@@ -66,9 +72,7 @@ def infer_latents(
     classes = len(decoders)
     energies = images.new_empty(len(images), classes)
     latents = images.new_empty(len(images), classes, prototypes.latents.shape[1])
-    size = chunk_size(images)
-    parts = zip(images.split(size), energies.split(size), latents.split(size), strict=True)
-    for x, energy_out, latents_out in parts:
+    for x, energy_out, latents_out in _chunks(_chunk_size(images), images, energies, latents):
         indices, start_energy = prototypes.nearest(x, settings.beta)
         z = prototypes.latents.to(images.dtype)[indices]
         if settings.steps == 0:
@@ -76,7 +80,7 @@ def infer_latents(
             latents_out.copy_(z.transpose(0, 1))
             continue
         z = _descend(decoders, x, z, settings).transpose(0, 1)
-        energy_out.copy_(energy(x[:, None], decode(decoders, z), z, settings.beta))
+        energy_out.copy_(energy(x[:, None], _decode(decoders, z), z, settings.beta))
         latents_out.copy_(z)
     return energies, latents
 
@@ -84,9 +88,8 @@ def infer_latents(
 def reconstruct(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
     """G_c(z) as images: ``(N, C, L) -> (N, C, 1, 28, 28)``, in bounded working memory."""
     out = latents.new_empty(*latents.shape[:2], PIXELS)
-    size = chunk_size(latents)
-    for z, target in zip(latents.split(size), out.split(size), strict=True):
-        target.copy_(decode(decoders, z))
+    for z, target in _chunks(_chunk_size(latents), latents, out):
+        target.copy_(_decode(decoders, z))
     return out.view(*latents.shape[:2], *IMAGE_SHAPE)
 
 
@@ -98,10 +101,8 @@ def envelope_gradient(
     By the envelope theorem this is the gradient of min_z where z* is stationary.
     """
     gradient = torch.empty_like(images)
-    size = chunk_size(images)
-    parts = zip(images.split(size), latents.split(size), grad_energies.split(size), gradient.split(size), strict=True)
-    for x, z, w, target in parts:
-        target.copy_((2.0 * w[:, :, None] * (x[:, None] - decode(decoders, z))).sum(dim=1))
+    for x, z, w, target in _chunks(_chunk_size(images), images, latents, grad_energies, gradient):
+        target.copy_((2.0 * w[:, :, None] * (x[:, None] - _decode(decoders, z))).sum(dim=1))
     return gradient
 
 
@@ -118,8 +119,7 @@ def unrolled_gradient(
     choice of the starting prototype is piecewise constant and contributes nothing.
     """
     gradient = torch.zeros_like(images)
-    size = _CHUNK_UNROLLED
-    for x, w, target in zip(images.split(size), grad_energies.split(size), gradient.split(size), strict=True):
+    for x, w, target in _chunks(_CHUNK_UNROLLED, images, grad_energies, gradient):
         starts = prototypes.latents.to(images.dtype)[prototypes.nearest(x, settings.beta)[0]]
         for decoder, start, w_class in zip(decoders, starts, w.unbind(1), strict=True):
             with torch.enable_grad():

@@ -46,8 +46,9 @@ class Prototypes:
         """Decode the same ``(K, L)`` latents with every class's decoder."""
         images = latents.new_empty(len(decoders), len(latents), PIXELS)
         for decoder, target in zip(decoders, images, strict=True):
-            for z, part in zip(latents.split(_DECODE_CHUNK), target.split(_DECODE_CHUNK), strict=True):
-                part.copy_(decoder(z))
+            for start in range(0, len(latents), _DECODE_CHUNK):
+                part = slice(start, start + _DECODE_CHUNK)
+                target[part] = decoder(latents[part])
         offsets = torch.stack([image.square().sum(-1) for image in images]) + beta * kl_divergence(latents)
         return cls(latents, images, offsets)
 

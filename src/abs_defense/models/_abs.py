@@ -144,13 +144,17 @@ class ABS(nn.Module):
     def predict_proba(self, images: Tensor) -> Tensor:
         """Confidence softmax p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta), ``(N, C)`` (eq. 8).
 
-        The offset eta makes the confidence uniform, not high, far from the data.
+        The offset eta makes the confidence uniform, not high, far from the data; there it no longer tells which class
+        is best, so take predictions from the logits.
 
         Raises:
             TypeError, ValueError: as ``forward``.
         """
-        logits: Tensor = self(images)
-        likelihood = logits.exp() + self.eta.float()
+        return self.confidence_softmax(self(images))
+
+    def confidence_softmax(self, logits: Tensor) -> Tensor:
+        """``predict_proba`` from logits that are already known: ``(N, C) -> (N, C)``."""
+        likelihood = logits.exp() + self.eta.to(logits.dtype)
         return likelihood / likelihood.sum(dim=1, keepdim=True)
 
     def infer(self, images: Tensor) -> Inference:

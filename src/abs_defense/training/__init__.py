@@ -1,7 +1,7 @@
 """Training of the VAEs, and calibration on training data."""
 
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
-from abs_defense.training._run import train_abs
+from abs_defense.training._run import load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "calibrate_confidence",
     "calibrate_gamma",
     "class_energies",
+    "load_vaes",
     "train_abs",
     "train_vaes",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
+
+_global_random_state = threading.Lock()
 
 
 def light_augmentation() -> nn.Module:
@@ -24,9 +28,9 @@ def light_augmentation() -> nn.Module:
 
 
 def augment(images: Tensor, pipeline: nn.Module, seed: int) -> Tensor:
-    """Apply ``pipeline`` with its own seed; the global random state is put back."""
+    """Apply ``pipeline`` with its own seed; the global random state, which it draws from, is put back."""
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with _global_random_state, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         augmented: Tensor = pipeline(images)
         return augmented.clamp(0.0, 1.0)

@@ -27,7 +27,7 @@ def class_energies(model: ABS, images: Tensor, *, progress: bool = True, batch_s
             logits = model(part.to(device)).detach()
             parts.append((-logits.double() * PIXELS / model.alpha.double()).float().cpu())
             bar.update(len(part))
-    return torch.cat(parts) if parts else torch.empty(0, model.num_classes)
+    return torch.cat(parts)
 
 
 def calibrate_confidence(energies: Tensor, labels: Tensor) -> tuple[float, float]:

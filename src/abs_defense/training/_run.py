@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -31,6 +32,7 @@ def train_abs(
     out: str | Path,
     config: VAETraining | None = None,
     *,
+    init: str | Path | None = None,
     test: ImageSet | None = None,
     calibration_images: int = 10_000,
     device: str | torch.device = "cpu",
@@ -44,6 +46,7 @@ def train_abs(
         train: training images; also those of the calibration.
         out: folder; made if missing.
         config: recipe of the VAEs.
+        init: a ``vaes.safetensors`` of an earlier training to start from.
         test: if given, ABS and Binary ABS are tested on all of it and the accuracies go into the card.
         calibration_images: how many training images the calibration looks at.
         device: where to compute.
@@ -61,10 +64,16 @@ def train_abs(
     if test is not None and test.num_classes > train.num_classes:
         raise ValueError(f"the test images have {test.num_classes} classes, the training images {train.num_classes}")
     folder = require_writable_folder(out)
-    vaes = train_vaes(train, folder, config, device=device, progress=progress)
+    start = None if init is None else load_vaes(init)
+    vaes = train_vaes(train, folder, config, init=start, device=device, progress=progress)
     _save_vaes(folder / VAES, vaes, config)
     decoders = fold_decoders([vae.decoder for vae in vaes])
-    identity = {"recipe": asdict(config), "images": train.sha256(), "calibration_images": calibration_images}
+    identity: dict[str, Any] = {
+        "recipe": asdict(config),
+        "init": None if init is None else sha256(init),
+        "images": train.sha256(),
+        "calibration_images": calibration_images,
+    }
     calibration = _calibration(folder, identity, decoders, train, calibration_images, config.seed, device, progress)
     weights = Weights(decoders, calibration)
     save_weights(folder / WEIGHTS, weights)
@@ -77,8 +86,9 @@ def train_abs(
         "data": train.name,
         "data_sha256": train.sha256(),
         "recipe": asdict(config),
+        "init_sha256": identity["init"],
         "calibration_images": calibration_images,
-        "calibration": asdict(calibration),
+        "calibration": {**asdict(calibration), "gamma": list(calibration.gamma)},
         "seed": config.seed,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -130,6 +140,31 @@ def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, 
         energies = class_energies(model.to(device), test.images, progress=progress)
         figures[name] = {"accuracy": (energies.argmin(1) == test.labels).double().mean().item()}
     return figures
+
+
+def load_vaes(path: str | Path) -> list[VAE]:
+    """The VAEs of a ``vaes.safetensors``, encoders included, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no VAEs at {path}: expected the vaes.safetensors of a training")
+    try:
+        tensors = safetensors.torch.load_file(path)
+        classes = 1 + max(int(name.split(".")[0]) for name in tensors)
+        vaes = []
+        for c in range(classes):
+            own = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{c}.")}
+            with torch.random.fork_rng(devices=[]):
+                vae = VAE(own["decoder.conv_0.weight"].shape[0])
+            vae.load_state_dict(own)
+            vaes.append(vae.eval().requires_grad_(False))
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected the vaes.safetensors of a training, got {error}") from error
+    return vaes
 
 
 def _save_vaes(path: Path, vaes: list[VAE], config: VAETraining) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import math
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +77,14 @@ class VAETraining:
 class _ClassTrainer:
     """One VAE, its optimizer and its images. An epoch depends on nothing but the weights and (seed, epoch, class)."""
 
-    def __init__(self, label: int, images: Tensor, config: VAETraining, device: torch.device) -> None:
+    def __init__(self, label: int, images: Tensor, config: VAETraining, device: torch.device, init: VAE | None) -> None:
         self.label, self.config, self.device = label, config, device
         self.images = images.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed(-1))
             vae = VAE(config.latent_dim)
+        if init is not None:
+            vae.load_state_dict(init.state_dict())
         self.vae = vae.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=config.learning_rate, fused=True)
         self.pipeline: nn.Module | None = light_augmentation() if config.augment else None
@@ -132,27 +139,34 @@ def train_vaes(
     out: str | Path,
     config: VAETraining | None = None,
     *,
+    init: Sequence[VAE] | None = None,
     device: str | torch.device = "cpu",
+    workers: int | None = None,
     progress: bool = True,
     after_epoch: Callable[[int], None] | None = None,
 ) -> list[VAE]:
     """Train one VAE a class on the images of that class, and return them in evaluation mode on the CPU.
 
     After every ``checkpoint_every`` epochs ``out/checkpoint.pt`` is replaced atomically. A later call with the same
-    recipe and images continues from it and ends with the weights of an uninterrupted run (on the same machine and
-    number of threads). ``out/losses.csv`` has one row an epoch and class: squared error and KL in nats an image.
+    recipe and images continues from it and ends with the weights of an uninterrupted run. ``out/losses.csv`` has one
+    row an epoch and class: squared error and KL in nats an image.
+
+    The classes are independent, so on a CPU they train side by side, each on one thread: faster than several threads
+    for one class, and the result does not depend on the number of threads.
 
     Args:
         data: training images of all classes.
         out: folder for checkpoint and log; made if missing.
         config: the recipe.
+        init: VAEs to start from instead of random weights, one a class.
         device: where to train.
+        workers: classes trained at once; by default torch's number of threads, or 1 on a GPU.
         progress: show a progress bar.
         after_epoch: called with the number of finished epochs after each.
 
     Raises:
-        ValueError: a class between 0 and the largest label has fewer than two images, or the folder holds a
-            checkpoint of another recipe or other images.
+        ValueError: a class between 0 and the largest label has fewer than two images, ``init`` has another number
+            of classes, or the folder holds a checkpoint of another recipe or other images.
         OSError: the folder cannot be written.
     """
     config = config or VAETraining()
@@ -162,9 +176,14 @@ def train_vaes(
     for label, count in enumerate(counts):
         if count < 2:
             raise ValueError(f"{data.name}: class {label} has {count} images; a VAE needs at least 2")
-    recipe = {**asdict(config), "images": data.sha256()}
+    if init is not None and len(init) != len(counts):
+        raise ValueError(f"init: expected {len(counts)} VAEs, one a class, got {len(init)}")
+    recipe = {**asdict(config), "images": data.sha256(), "init": None if init is None else _digest(init)}
     del recipe["checkpoint_every"]
-    trainers = [_ClassTrainer(label, data.images[data.labels == label], config, device) for label in range(len(counts))]
+    trainers = [
+        _ClassTrainer(label, data.images[data.labels == label], config, device, None if init is None else init[label])
+        for label in range(len(counts))
+    ]
     start = _resume(folder, recipe, trainers)
     rows = _rows_before(folder / LOSS_LOG, start)
     bar = tqdm(
@@ -174,10 +193,9 @@ def train_vaes(
         unit="class-epoch",
         disable=not progress,
     )
-    with bar:
+    with bar, _pool(workers, device) as pool:
         for epoch in range(start, config.epochs):
-            for trainer in trainers:
-                row = trainer.run_epoch(epoch)
+            for trainer, row in zip(trainers, pool.map(partial(_run_epoch, epoch), trainers), strict=True):
                 if not math.isfinite(row["squared_error"] + row["kl"]):
                     raise FloatingPointError(f"class {trainer.label} diverged in epoch {epoch}: {row}")
                 rows.append(row)
@@ -194,11 +212,41 @@ def train_vaes(
     return [trainer.vae.cpu().eval().requires_grad_(False) for trainer in trainers]
 
 
+def _run_epoch(epoch: int, trainer: _ClassTrainer) -> dict[str, float]:
+    return trainer.run_epoch(epoch)
+
+
+@contextlib.contextmanager
+def _pool(workers: int | None, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute on one core of the CPU; torch's number of threads is put back."""
+    threads = torch.get_num_threads()
+    on_cpu = device.type == "cpu"
+    count = workers if workers is not None else (threads if on_cpu else 1)
+    initializer = partial(torch.set_num_threads, 1) if on_cpu else None
+    try:
+        with ThreadPoolExecutor(count, initializer=initializer) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _digest(vaes: Sequence[VAE]) -> str:
+    digest = hashlib.sha256()
+    for vae in vaes:
+        for name, value in vae.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _resume(folder: Path, recipe: dict[str, Any], trainers: list[_ClassTrainer]) -> int:
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({error}); remove it to start again") from error
     if state["recipe"] != recipe:
         different = sorted(k for k in recipe if state["recipe"].get(k) != recipe[k])
         raise ValueError(
