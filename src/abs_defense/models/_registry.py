@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from abs_defense.models._abs import ABS, BinaryABS, Gradient
+from abs_defense.models._weights import Weights
 
 _MODELS: dict[str, Callable[..., ABS]] = {
     "abs": ABS,
@@ -17,7 +18,7 @@ _MODELS: dict[str, Callable[..., ABS]] = {
 MODEL_NAMES = tuple(_MODELS)
 
 
-def load_model(name: str, *, weights: str | Path = "mnist", gradient: Gradient = "envelope", seed: int = 0) -> ABS:
+def load_model(name: str, *, weights: str | Path | Weights = "mnist", gradient: Gradient = "envelope", seed: int = 0) -> ABS:
     """A ready model by name, in evaluation mode on the CPU.
 
     Args:

@@ -17,7 +17,7 @@ from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._versions import versions
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
-from abs_defense.models import ABS, VAE, BinaryABS, Calibration, Weights, fold_decoders, save_weights
+from abs_defense.models import MODEL_NAMES, VAE, Calibration, Weights, fold_decoders, load_model, save_weights
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
 from abs_defense.training._vaes import VAETraining, train_vaes
@@ -47,7 +47,7 @@ def train_abs(
         out: folder; made if missing.
         config: recipe of the VAEs.
         init: a ``vaes.safetensors`` of an earlier training to start from.
-        test: if given, ABS and Binary ABS are tested on all of it and the accuracies go into the card.
+        test: if given, all models of these weights are tested on all of it and the accuracies go into the card.
         calibration_images: how many training images the calibration looks at.
         device: where to compute.
         command: the command line, for the card.
@@ -136,7 +136,8 @@ def _stage(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str,
 
 def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, progress: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"images": len(test), "data": test.name, "data_sha256": test.sha256()}
-    for name, model in {"abs": ABS(weights), "binary-abs": BinaryABS(weights)}.items():
+    for name in MODEL_NAMES:
+        model = load_model(name, weights=weights)
         energies = class_energies(model.to(device), test.images, progress=progress)
         figures[name] = {"accuracy": (energies.argmin(1) == test.labels).double().mean().item()}
     return figures
