@@ -18,7 +18,13 @@ _MODELS: dict[str, Callable[..., ABS]] = {
 MODEL_NAMES = tuple(_MODELS)
 
 
-def load_model(name: str, *, weights: str | Path | Weights = "mnist", gradient: Gradient = "envelope", seed: int = 0) -> ABS:
+def load_model(
+    name: str,
+    *,
+    weights: str | Path | Weights = "mnist",
+    gradient: Gradient = "envelope",
+    seed: int = 0,
+) -> ABS:
     """A ready model by name, in evaluation mode on the CPU.
 
     Args:
