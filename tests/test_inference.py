@@ -481,6 +481,16 @@ def test_unrolled_gradient_equals_finite_differences(random_stack, radius):
         assert slope == pytest.approx(difference, rel=1e-5, abs=1e-8 * float(gradient.norm()))
 
 
+def test_unrolled_gradient_is_finite_where_the_force_on_a_latent_is_zero():
+    """There Adam divides by the root of zero, whose derivative is infinite."""
+    decoder = LinearDecoder(4, seed=0)
+    decoder.weight.zero_()
+    images, cotangent = flat_images(2), normal(2, 1)
+    prototypes = Prototypes.decode([decoder], torch.zeros(1, 4).double(), 1.0)
+    gradient = unrolled_gradient([decoder], prototypes, images, cotangent, SETTINGS)
+    assert_close(gradient, 2.0 * cotangent * (images - decoder.bias))
+
+
 def test_unrolled_gradient_of_many_images_equals_a_loop(random_stack):
     stack = random_stack(2, widths=(3, 2, 2))
     decoders, prototypes = stack.class_decoders(), prototypes_of(stack, 8)

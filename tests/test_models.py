@@ -282,6 +282,16 @@ def test_nothing_is_left_on_parameters_images_or_graph(with_gradient, digits):
     assert all(tensor.grad is None and not tensor.requires_grad for tensor in tensors)
 
 
+def test_images_may_be_overwritten_before_the_backward_pass(with_gradient, digits):
+    """Attacks step in place; the gradient stays that of the images that were classified."""
+    x = digits.images[:2].clone().requires_grad_()
+    logits = with_gradient(x)
+    with torch.no_grad():
+        x.fill_(0.5)
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert torch.equal(gradient, gradient_of(with_gradient, digits.images[:2], torch.ones(2, 3)))
+
+
 def test_other_users_of_the_images_keep_their_gradient(with_gradient, digits):
     """An in-place operation on the images inside the model would make this backward pass fail or change it."""
     x = digits.images[:2].clone().requires_grad_()
