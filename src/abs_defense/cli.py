@@ -72,10 +72,12 @@ def evaluate(
     )
     columns = list(dict.fromkeys(column for row in result.rows for column in row))
     table = Table(title=f"{data.name}: the smallest distance over the attacks counts")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column("")
     for row in result.rows:
-        table.add_row(*(format_value(c, row[c]) if c in row else "" for c in columns))
+        table.add_column(str(row["model"]), justify="right")
+    for column in columns:
+        if column != "model":
+            table.add_row(column, *(format_value(column, row[column]) if column in row else "" for row in result.rows))
     console = Console()
     console.print(table)
     for error in result.errors:

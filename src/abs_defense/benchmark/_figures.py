@@ -65,7 +65,7 @@ def adversarial_figure(results: Sequence[Result], data: ImageSet) -> Figure | No
         best = distances.argmin(axis=0)
         for j in range(columns):
             distance = distances[best[j], j]
-            image = own[best[j]].arrays["adversarials"][j, 0] if np.isfinite(distance) else np.zeros((28, 28))
+            image = own[best[j]].arrays["adversarials"][j, 0] if np.isfinite(distance) else np.ones((28, 28))
             _show(axes[i, j], image, f"{distance:.3g}" if np.isfinite(distance) else "none")
         _label(axes[i, 0], name)
     return figure
