@@ -212,6 +212,22 @@ def test_nearest_prototype_equals_brute_force(random_stack, count, dtype, beta):
     assert count < 300 or len(indices.unique()) > 1
 
 
+def test_nearest_prototype_is_exact_where_float32_cannot_tell(random_stack):
+    """Three prototypes differ by less than the rounding of the matrix product that looks for them."""
+    generator = torch.Generator().manual_seed(1)
+    prototypes = prototypes_of(random_stack(1, dtype=torch.float32), 60)
+    points = prototypes.images.clone()
+    points[0, 10:13] = points[0, 10] + 1e-6 * torch.randn(3, 784, generator=generator)
+    latents = prototypes.latents.clone()
+    latents[10:13] = 0.0
+    offsets = points.square().sum(2) + 0.5 * latents.square().sum(1)
+    images = (points[0, 10] + 0.1 * torch.randn(100, 784, generator=generator)).clamp(0, 1)
+    indices, _ = Prototypes(latents, points, offsets).nearest(images, 1.0)
+    every = (points.double() - images.double()[:, None]).square().sum(2) + 0.5 * latents.double().square().sum(1)
+    assert set(every.argmin(1).tolist()) == {10, 11, 12}
+    assert torch.equal(indices[0], every.argmin(1))
+
+
 def test_nearest_prototype_finds_each_prototype_itself(random_stack):
     prototypes = prototypes_of(random_stack(2, dtype=torch.float32), 200, beta=0.0)
     for c in range(2):

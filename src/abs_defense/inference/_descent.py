@@ -19,7 +19,7 @@ def project_to_ball(latents: Tensor, radius: float) -> Tensor:
     The authors' ``clip_to_sphere`` also drops the signs of the latents it moves; this does not.
     """
     norms = latents.norm(dim=-1, keepdim=True)
-    return torch.where(norms > radius, latents * (radius / norms.clamp_min(torch.finfo(norms.dtype).tiny)), latents)
+    return torch.where(norms > radius, latents * (radius / norms.clamp_min(radius)), latents)
 
 
 def descend(

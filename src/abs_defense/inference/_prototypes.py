@@ -22,7 +22,7 @@ def sample_latents(count: int, latent_dim: int, seed: int) -> Tensor:
     The global random state is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(round(count / (1.0 - _DROPPED_FRACTION)), latent_dim, generator=generator)
+    drawn = torch.randn(round(count / (1.0 - _DROPPED_FRACTION)), latent_dim, generator=generator, dtype=torch.float32)
     likely = drawn.norm(dim=1).argsort(stable=True)[:count]
     return drawn[likely.sort().values]
 

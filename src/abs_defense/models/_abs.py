@@ -97,8 +97,8 @@ class ABS(nn.Module):
         self.eval()
 
     def _register_calibration(self, weights: Weights) -> None:
-        self.register_buffer("alpha", torch.tensor(weights.calibration.alpha))
-        self.register_buffer("eta", torch.tensor(weights.calibration.eta))
+        self.register_buffer("alpha", torch.tensor(weights.calibration.alpha, dtype=torch.float32))
+        self.register_buffer("eta", torch.tensor(weights.calibration.eta, dtype=torch.float32))
 
     def _decode_prototypes(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -208,7 +208,7 @@ class BinaryABS(ABS):
 
     def _register_calibration(self, weights: Weights) -> None:
         super()._register_calibration(weights)
-        self.register_buffer("gamma", torch.tensor(weights.calibration.gamma))
+        self.register_buffer("gamma", torch.tensor(weights.calibration.gamma, dtype=torch.float32))
 
     def weights_sha256(self) -> str:
         """Digest of the weights and calibration in use: which model a number was measured on."""
@@ -225,7 +225,7 @@ class BinaryABS(ABS):
         return (images > 0.5).to(images.dtype)
 
     def _scale(self, energies: Tensor) -> Tensor:
-        return energies * self.gamma.to(energies.dtype)
+        return energies * self.gamma.to(energies.dtype).clone()  # autograd keeps no tensor of inference mode
 
 
 class _Energies(torch.autograd.Function):

@@ -22,9 +22,9 @@ def _convolutions(
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     last = len(kernels) - 1
     for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
-        layers[f"conv_{i}"] = kind(features[i], features[i + 1], kernel, stride)
+        layers[f"conv_{i}"] = kind(features[i], features[i + 1], kernel, stride, dtype=torch.float32)
         if i < last:
-            layers[f"bn_{i}"] = nn.BatchNorm2d(features[i + 1])
+            layers[f"bn_{i}"] = nn.BatchNorm2d(features[i + 1], dtype=torch.float32)
             layers[f"elu_{i}"] = nn.ELU()
     return layers
 
