@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable
@@ -17,7 +18,16 @@ from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._versions import versions
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
-from abs_defense.models import MODEL_NAMES, VAE, Calibration, Weights, fold_decoders, load_model, save_weights
+from abs_defense.models import (
+    MODEL_NAMES,
+    VAE,
+    Calibration,
+    Weights,
+    fold_decoders,
+    load_model,
+    load_weights,
+    save_weights,
+)
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
 from abs_defense.training._vaes import VAETraining, train_vaes
@@ -76,7 +86,7 @@ def train_abs(
     }
     calibration = _calibration(folder, identity, decoders, train, calibration_images, config.seed, device, progress)
     weights = Weights(decoders, calibration)
-    save_weights(folder / WEIGHTS, weights)
+    _save_once(folder / WEIGHTS, weights)
     figures = None
     if test is not None:
         identity = {**identity, "weights": sha256(folder / WEIGHTS), "test": test.sha256()}
@@ -100,6 +110,18 @@ def train_abs(
     with replace_atomically(folder / CARD) as path:
         path.write_text(json.dumps(card, indent=2) + "\n")
     return card
+
+
+def _save_once(path: Path, weights: Weights) -> None:
+    """Write the weights unless the file holds them: safetensors orders its metadata at random, so the hash would
+    change."""
+    if path.exists():
+        with contextlib.suppress(ValueError):
+            saved = load_weights(path)
+            pairs = zip(saved.decoders.parameters(), weights.decoders.parameters(), strict=True)
+            if saved.calibration == weights.calibration and all(torch.equal(a, b) for a, b in pairs):
+                return
+    save_weights(path, weights)
 
 
 def _calibration(
