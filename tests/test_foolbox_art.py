@@ -165,7 +165,7 @@ def test_foolbox_decision_based_attack(foolbox_model, batch, own_images):
 def test_foolbox_attack_with_many_backward_passes(foolbox_model, batch):
     """DeepFool asks for the gradient of each class."""
     images, labels = batch
-    _, clipped, success = fb.attacks.L2DeepFoolAttack(steps=5, loss="logits")(
+    _, clipped, success = fb.attacks.L2DeepFoolAttack(steps=3, loss="logits")(
         foolbox_model, images, labels, epsilons=8.0
     )
     assert torch.equal(foolbox_model(clipped).argmax(1) != labels, success)

@@ -11,6 +11,7 @@ from abs_defense.inference._infer import (
     reconstruct,
     unrolled_gradient,
 )
+from abs_defense.inference._observe import Observation, listen, publish
 from abs_defense.inference._prototypes import Prototypes, sample_latents
 
 __all__ = [
@@ -20,13 +21,16 @@ __all__ = [
     "DecoderStack",
     "Inference",
     "InferenceSettings",
+    "Observation",
     "Prototypes",
     "descend",
     "energy",
     "envelope_gradient",
     "infer_latents",
     "kl_divergence",
+    "listen",
     "project_to_ball",
+    "publish",
     "reconstruct",
     "sample_latents",
     "unrolled_gradient",

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from abs_defense.inference import (
     PIXELS,
     Inference,
     InferenceSettings,
+    Observation,
     Prototypes,
     envelope_gradient,
     infer_latents,
+    publish,
     reconstruct,
     sample_latents,
     unrolled_gradient,
@@ -26,6 +28,7 @@ from abs_defense.models._images import check_images
 from abs_defense.models._weights import Weights, load_weights
 
 Gradient = Literal["envelope", "unrolled", "none"]
+BINARY_THRESHOLD = 0.5
 
 
 class ABS(nn.Module):
@@ -62,6 +65,7 @@ class ABS(nn.Module):
         FileNotFoundError: no such weights.
     """
 
+    _threshold: ClassVar[float | None] = None
     prototype_latents: Tensor
     prototype_images: Tensor
     prototype_offsets: Tensor
@@ -167,9 +171,20 @@ class ABS(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), _full_precision(images.device):
             flat = self._flatten(images)
             decoders = self.decoders.class_decoders()
-            energies, latents = infer_latents(decoders, self._prototypes(), flat, self.settings)
-            reconstructions = reconstruct(decoders, latents)
-            return Inference(self._scale(energies).float(), latents.float(), reconstructions.float())
+            return self._inference(*infer_latents(decoders, self._prototypes(), flat, self.settings))
+
+    def _inference(self, energies: Tensor, latents: Tensor) -> Inference:
+        reconstructions = reconstruct(self.decoders.class_decoders(), latents)
+        return Inference(self._scale(energies).float(), latents.float(), reconstructions.float())
+
+    def _observation(self, images: Tensor, energies: Tensor, latents: Tensor) -> Observation:
+        return Observation(
+            images=images.detach().clone(),
+            inference=self._inference(energies, latents),
+            threshold=self._threshold,
+            gamma=self._scale(torch.ones_like(energies[:1]))[0].float(),
+            eta=float(self.eta),
+        )
 
     def weights_sha256(self) -> str:
         """Digest of the weights and calibration in use: which model a number was measured on."""
@@ -204,25 +219,15 @@ class BinaryABS(ABS):
         gamma: ``(C,)``, a buffer that comes with the weights.
     """
 
+    _threshold = BINARY_THRESHOLD
     gamma: Tensor
 
     def _register_calibration(self, weights: Weights) -> None:
         super()._register_calibration(weights)
         self.register_buffer("gamma", torch.tensor(weights.calibration.gamma, dtype=torch.float32))
 
-    def weights_sha256(self) -> str:
-        """Digest of the weights and calibration in use: which model a number was measured on."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().double().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def _flatten(self, images: Tensor) -> Tensor:
-        return self._see(images.detach()).flatten(1).to(self._dtype).clone()
-
     def _see(self, images: Tensor) -> Tensor:
-        return (images > 0.5).to(images.dtype)
+        return (images > BINARY_THRESHOLD).to(images.dtype)
 
     def _scale(self, energies: Tensor) -> Tensor:
         return energies * self.gamma.to(energies.dtype).clone()  # autograd keeps no tensor of inference mode
@@ -237,6 +242,7 @@ class _Energies(torch.autograd.Function):
             flat = model._flatten(images)
             decoders = model.decoders.class_decoders()
             energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings)
+            publish(lambda: model._observation(images, energies, latents))
         ctx.save_for_backward(flat, latents)
         ctx.model, ctx.decoders = model, decoders
         ctx.shape, ctx.dtype = images.shape, images.dtype

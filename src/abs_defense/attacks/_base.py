@@ -1,0 +1,194 @@
+"""What our attacks share: foolbox's contract kept where its base class breaks, and queries of a part of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import eagerpy as ep
+import numpy as np
+import numpy.typing as npt
+from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
+from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
+from foolbox.devutils import flatten
+from foolbox.distances import LpDistance
+from foolbox.models import Model
+
+T = TypeVar("T")
+Rows = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+_queried_rows: ContextVar[Rows | None] = ContextVar("abs_defense_queried_rows", default=None)
+
+
+@contextmanager
+def query_rows(rows: Rows) -> Iterator[None]:
+    """Say which images of the batch the model calls inside are about, for ``QueryCounter``."""
+    token = _queried_rows.set(rows)
+    try:
+        yield
+    finally:
+        _queried_rows.reset(token)
+
+
+def queried_rows() -> Rows | None:
+    """Images of the batch that the current model call is about; None if nobody said."""
+    return _queried_rows.get()
+
+
+class L0Distance(LpDistance):
+    """Number of changed values; foolbox's own refuses to clip.
+
+    ``clip_perturbation`` keeps the ``epsilon`` largest changes of each image and undoes the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def __repr__(self) -> str:
+        return "L0Distance()"
+
+    def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
+        (x, y), restore_type = ep.astensors_(references, perturbed)
+        kept = int(epsilon)
+        change = flatten(y - x)
+        size = change.abs().numpy()
+        if kept >= size.shape[1]:
+            return perturbed
+        order = np.argsort(-size, axis=1, kind="stable")
+        mask = np.zeros_like(size, dtype=bool)
+        np.put_along_axis(mask, order[:, :kept], True, axis=1)
+        clipped: T = restore_type(ep.where(ep.from_numpy(x, mask).reshape(x.shape), y, x))
+        return clipped
+
+
+class ContractAttack(MinimizationAttack):
+    """A minimisation attack of foolbox that also takes empty batches, labels of any integer type or numpy labels, and
+    names what is wrong with its input."""
+
+    def __call__(  # type: ignore[misc]
+        self,
+        model: Model,
+        inputs: Any,
+        criterion: Any,
+        *,
+        epsilons: float | Sequence[float | None] | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the attack; arguments and results are those of ``foolbox.attacks.base.MinimizationAttack``.
+
+        Raises:
+            ValueError: inputs outside the model's bounds or with NaN, a criterion that the attack cannot serve, or
+                labels that are not one a image.
+        """
+        x, restore_type = ep.astensor_(inputs)
+        criterion_ = as_criterion(criterion, x)
+        check_labels(criterion_, len(x))
+        check_bounds(x, model)
+        if len(x) == 0:
+            several = isinstance(epsilons, Iterable)
+            count = len(list(epsilons)) if isinstance(epsilons, Iterable) else 1
+            success = ep.from_numpy(x, np.zeros((count, 0), dtype=bool))
+            if several:
+                return [inputs] * count, [inputs] * count, restore_type(success)
+            return inputs, inputs, restore_type(success[0])
+        return super().__call__(model, inputs, criterion_, epsilons=epsilons, **kwargs)
+
+
+def as_criterion(criterion: Any, x: ep.Tensor) -> Criterion:
+    """A criterion whose labels have the type of the inputs; labels alone mean misclassification."""
+    kind = type(criterion) if isinstance(criterion, (Misclassification, TargetedMisclassification)) else None
+    if isinstance(criterion, Criterion) and kind is None:
+        return criterion
+    labels = criterion
+    if isinstance(criterion, Misclassification):
+        labels = criterion.labels
+    elif isinstance(criterion, TargetedMisclassification):
+        labels = criterion.target_classes
+    if isinstance(labels, (list, tuple, np.ndarray)):
+        array = np.asarray(labels)
+    else:
+        try:
+            array = ep.astensor(labels).numpy()
+        except ValueError:
+            raise ValueError(
+                f"criterion: expected a foolbox criterion or labels, got {type(criterion).__name__}"
+            ) from None
+    if array.dtype.kind not in "iuf" or (array.dtype.kind == "f" and not np.equal(array, np.round(array)).all()):
+        raise ValueError(f"labels: expected whole numbers, got {array.dtype}")
+    return (kind or Misclassification)(ep.from_numpy(x, array.astype(np.int64)))
+
+
+def one_image(criterion: Criterion, row: int) -> Criterion:
+    """The criterion for one image of the batch.
+
+    Raises:
+        ValueError: for criteria other than (targeted) misclassification, which cannot be taken apart.
+    """
+    if isinstance(criterion, Misclassification):
+        return Misclassification(criterion.labels[row : row + 1])
+    if isinstance(criterion, TargetedMisclassification):
+        return TargetedMisclassification(criterion.target_classes[row : row + 1])
+    raise ValueError(f"criterion: expected (targeted) misclassification, got {type(criterion).__name__}")
+
+
+def check_labels(criterion: Criterion, count: int) -> None:
+    """Raise ``ValueError`` unless the criterion has one label an image."""
+    for name in ("labels", "target_classes"):
+        labels = getattr(criterion, name, None)
+        if labels is not None and tuple(labels.shape) != (count,):
+            raise ValueError(f"{name}: expected shape ({count},), one an image, got {tuple(labels.shape)}")
+
+
+def check_bounds(x: ep.Tensor, model: Model) -> None:
+    """Raise ``ValueError`` unless all values lie in the model's bounds."""
+    if len(x) == 0:
+        return
+    lower, upper = x.min().item(), x.max().item()
+    if not (lower >= model.bounds.lower and upper <= model.bounds.upper):
+        raise ValueError(
+            f"inputs: expected values in the model's bounds [{model.bounds.lower}, {model.bounds.upper}], "
+            f"got values from {lower} to {upper}"
+        )
+
+
+def no_more_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for keyword arguments that nobody took."""
+    raise_if_kwargs(kwargs)
+
+
+class Oracle:
+    """Answers "is this adversarial?" for some images of a batch, so that finished ones cost no query.
+
+    Foolbox's criteria judge whole batches; the outputs of images that are not asked about are remembered from their
+    last query. Creating it queries every image once, as it is.
+
+    Attributes:
+        clean: which images are adversarial as they are, ``(N,)``.
+    """
+
+    def __init__(self, model: Model, criterion: Criterion, x: ep.Tensor) -> None:
+        self._model, self._criterion = model, criterion
+        rows = np.arange(len(x))
+        with query_rows(rows):
+            self._outputs = model(x)
+        self._perturbed = x
+        self.clean: Flags = self._judge(rows)
+
+    def __call__(self, candidates: ep.Tensor, rows: Rows) -> Flags:
+        """Whether ``candidates[i]`` is an adversarial for image ``rows[i]``; no row may occur twice."""
+        with query_rows(rows):
+            outputs = self._model(candidates)
+        if len(rows) == len(self._perturbed):
+            order = np.argsort(rows)
+            self._outputs, self._perturbed = outputs[order], candidates[order]
+        else:
+            self._outputs = ep.index_update(self._outputs, rows, outputs)
+            self._perturbed = ep.index_update(self._perturbed, rows, candidates)
+        return self._judge(rows)
+
+    def _judge(self, rows: Rows) -> Flags:
+        flags: Flags = self._criterion(self._perturbed, self._outputs).numpy().astype(bool)[rows]
+        return flags
