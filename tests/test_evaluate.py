@@ -14,9 +14,13 @@ import torch
 from abs_defense import ABS
 from abs_defense.benchmark import (
     FIRST_ATTACKS,
+    FULL_ATTACKS,
     NORMS,
+    PRESETS,
     AttackSpec,
     Result,
+    attack_rows,
+    choose_attacks,
     evaluate,
     format_value,
     run_evaluation,
@@ -70,6 +74,7 @@ def test_results_are_true(four, tmp_path):
         right = np.isfinite(distances) & ~wrong
         np.testing.assert_allclose(distances[right], measured[right], rtol=1e-5)
         assert 5 <= result.arrays["queries"][0] <= 6
+        assert result.arrays["gradients"][0] == 4
 
 
 def test_finished_pieces_are_not_computed_again(four, tmp_path, monkeypatch):
@@ -155,7 +160,13 @@ def test_output_that_cannot_be_written(four, tmp_path):
 
 def test_strongest_attack_counts_per_image(four):
     def attack(name, distances):
-        return Result("m", name, "l2", {"distances": np.array(distances), "queries": np.ones(4)}, 1.0)
+        return Result(
+            "m",
+            name,
+            "l2",
+            {"distances": np.array(distances), "queries": np.full(4, 7.0), "gradients": np.arange(4.0)},
+            1.0,
+        )
 
     clean = Result(
         "m",
@@ -165,6 +176,7 @@ def test_strongest_attack_counts_per_image(four):
             "predictions": np.array([four.labels[0], four.labels[1], four.labels[2], (four.labels[3] + 1) % 10]),
             "confidences": np.array([0.9, 0.8, 0.7, 0.6]),
             "queries": np.ones(4),
+            "gradients": np.zeros(4),
         },
         1.0,
     )
@@ -175,6 +187,29 @@ def test_strongest_attack_counts_per_image(four):
     assert row["L2 median"] == 1.25
     assert row["L2 accuracy at 1.5"] == 0.25
     assert row["median confidence"] == pytest.approx(0.75)
+    assert row["queries per image"] == 15
+    assert row["gradients per image"] == 3
+    first, second = attack_rows(results)
+    assert first["attack"] == "a"
+    assert second["median distance"] == 3.0
+    assert first["success rate"] == pytest.approx(2 / 3)
+    assert first["gradients per image"] == 1.5
+
+
+def test_attacks_of_presets_and_by_name():
+    assert choose_attacks("quick") == FIRST_ATTACKS
+    assert [a.name for a in choose_attacks("quick", ["l2-bisector", "ddn", "ddn"])] == ["l2-bisector", "ddn"]
+    with pytest.raises(ValueError, match="expected one of quick, full, got 'slow'"):
+        choose_attacks("slow")
+    with pytest.raises(ValueError, match="got 'magic'"):
+        choose_attacks("quick", ["magic"])
+
+
+def test_every_attack_of_the_presets_can_be_made():
+    names = [attack.name for attacks in PRESETS.values() for attack in attacks]
+    assert len(names) == len(set(names))
+    for attack in FULL_ATTACKS:
+        assert isinstance(attack.make(), fb.attacks.base.MinimizationAttack)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def evaluate(
     download: Annotated[bool, typer.Option(help="Fetch MNIST's test images (into the user's cache).")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     attacks: Annotated[bool, typer.Option(help="Run the attacks, or measure the clean accuracy only.")] = True,
+    preset: Annotated[str, typer.Option(help="Which attacks: quick (foolbox's) or full (with ours).")] = "quick",
+    attack: Annotated[list[str] | None, typer.Option(help="An attack of the presets by name; may be repeated.")] = None,
     weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
     out: Annotated[Path, typer.Option(help="Folder for the report; a stopped run continues there.")] = Path(
         "abs-defense-report"
@@ -53,7 +55,7 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     """Accuracy and robustness of the bundled models; by default on the 20 digits that foolbox ships."""
-    from abs_defense.benchmark import FIRST_ATTACKS, format_value, run_evaluation
+    from abs_defense.benchmark import choose_attacks, format_value, run_evaluation
 
     names = list(dict.fromkeys(model or MODEL_NAMES))
     for name in names:
@@ -62,7 +64,7 @@ def evaluate(
     data = _test_images(data_dir, download)
     result = run_evaluation(
         names,
-        FIRST_ATTACKS if attacks else (),
+        choose_attacks(preset, attack or ()) if attacks else (),
         data if images is None else data.head(images),
         out,
         weights=weights,
@@ -80,6 +82,13 @@ def evaluate(
             table.add_row(column, *(format_value(column, row[column]) if column in row else "" for row in result.rows))
     console = Console()
     console.print(table)
+    if result.attacks:
+        details = Table(title="each attack, over the images classified correctly")
+        for column in result.attacks[0]:
+            details.add_column(column, justify="left" if column in ("model", "attack", "norm") else "right")
+        for row in result.attacks:
+            details.add_row(*(format_value(column, value) for column, value in row.items()))
+        console.print(details)
     for error in result.errors:
         console.print(f"[red]{_escape(error)}[/]")
     console.print(f"report: {_escape(str(result.report))}", soft_wrap=True)

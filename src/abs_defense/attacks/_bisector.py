@@ -146,7 +146,7 @@ class BisectorAttack(ContractAttack):
         gap = inference.energy - inference.energy.gather(1, defenders[:, None])
         way = (points - points[rows, defenders][:, None]).norm(dim=2)
         distance = (gap / way).scatter(1, defenders[:, None], torch.inf)
-        order = distance.argsort(dim=1, stable=True)[:, :-1]
+        order: Tensor = distance.argsort(dim=1, stable=True)[:, :-1]
         return order[:, : self.rivals]
 
     def _approach(

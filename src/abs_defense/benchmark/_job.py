@@ -22,7 +22,7 @@ from abs_defense.benchmark._figures import (
 from abs_defense.benchmark._plan import AttackSpec
 from abs_defense.benchmark._report import ReportFigure, write_report
 from abs_defense.benchmark._runner import Result, evaluate
-from abs_defense.benchmark._table import table_rows, write_csv
+from abs_defense.benchmark._table import attack_rows, table_rows, write_csv
 from abs_defense.data import ImageSet
 from abs_defense.models import ABS, load_model
 
@@ -34,12 +34,14 @@ class Evaluation:
     """What ``run_evaluation`` found and wrote.
 
     Attributes:
-        rows: of the table.
+        rows: of the table, one a model.
+        attacks: of the second table, one a model and attack.
         report: the HTML file.
         errors: the pieces that failed.
     """
 
     rows: list[dict[str, float | str | None]]
+    attacks: list[dict[str, float | str | None]]
     report: Path
     errors: list[str]
 
@@ -56,7 +58,7 @@ def run_evaluation(
     command: str = "",
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluate models by name and write ``table.csv``, PNG figures and ``report.html`` into ``out``.
+    """Evaluate models by name and write ``table.csv``, ``attacks.csv``, PNG figures and ``report.html`` into ``out``.
 
     Args:
         models: names for ``load_model``.
@@ -84,6 +86,8 @@ def run_evaluation(
     results = evaluate(factories, attacks, data, folder, device=device, seed=seed, progress=progress)
     rows = table_rows(results, data)
     write_csv(rows, folder / "table.csv")
+    attack_table = attack_rows(results)
+    write_csv(attack_table, folder / "attacks.csv")
     errors = [f"{r.model}: {r.attack} failed on {r.error}" for r in results if r.error is not None]
     manifest = {
         "data": {"name": data.name, "images": len(data), "sha256": data.sha256()},
@@ -98,8 +102,8 @@ def run_evaluation(
         "versions": versions(),
     }
     figures = _figures(folder, results, data, loaded)
-    write_report(folder / "report.html", rows, figures, manifest, errors)
-    return Evaluation(rows, folder / "report.html", errors)
+    write_report(folder / "report.html", rows, attack_table, figures, manifest, errors)
+    return Evaluation(rows, attack_table, folder / "report.html", errors)
 
 
 def _figures(folder: Path, results: list[Result], data: ImageSet, models: dict[str, ABS]) -> list[ReportFigure]:

@@ -28,22 +28,31 @@ _TEMPLATE = """<!doctype html>
  pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .8rem; }
  .error { color: #a00; }
 </style></head><body>
+{% macro table(rows) %}<div class="wide"><table>
+<thead><tr>{% for column in rows[0] %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table></div>{% endmacro %}
 <h1>abs-defense report</h1>
 <p>{{ data.name }}, {{ data.images }} images. Distances are those of the strongest attack of this run for each image,
 in pixel values of [0, 1] (L2, L∞) or in pixels (L0); an image that is misclassified as it is counts with distance 0.
 Robust at a threshold: the smallest adversarial found is farther away.</p>
-<div class="wide"><table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in cells %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
-</table></div>
+{{ table(rows) }}
 {% for error in errors %}<p class="error">{{ error }}</p>{% endfor %}
 <h2>What is not guaranteed</h2>
 <p>These are upper bounds on the robustness, found by {{ attacks or "no attack" }}. A stronger attack may find smaller
 perturbations. Nothing here is certified.</p>
+{% if attack_rows %}<h2>Attacks</h2>
+<p>Over the images that the model classifies correctly. A query is one image passed through the model, a gradient one
+image in one backward pass.</p>
+{{ table(attack_rows) }}{% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>
 <div class="wide"><img alt="{{ figure.title }}" src="data:image/png;base64,{{ figure.png }}"></div>{% endfor %}
 <h2>Settings</h2><pre>{{ manifest }}</pre>
 </body></html>
 """
+
+
+Row = Mapping[str, float | str | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class ReportFigure:
 
 def write_report(
     path: str | Path,
-    rows: Sequence[Mapping[str, float | str | None]],
+    rows: Sequence[Row],
+    attacks: Sequence[Row],
     figures: Sequence[ReportFigure],
     manifest: Mapping[str, Any],
     errors: Sequence[str] = (),
@@ -65,17 +75,17 @@ def write_report(
 
     Args:
         path: of the file.
-        rows: of the table, see ``table_rows``.
+        rows: of the first table, see ``table_rows``.
+        attacks: of the second, see ``attack_rows``.
         figures: PNG files, embedded.
         manifest: settings; its ``data`` and ``attacks`` are named in the text.
         errors: pieces that failed.
     """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     template = jinja2.Environment(autoescape=True).from_string(_TEMPLATE)
     html = template.render(
         data=manifest["data"],
-        columns=columns,
-        cells=[[format_value(c, row[c]) if c in row else "" for c in columns] for row in rows],
+        rows=_formatted(rows),
+        attack_rows=_formatted(attacks),
         errors=errors,
         attacks=", ".join(manifest["attacks"]),
         figures=[{"title": f.title, "png": base64.b64encode(f.path.read_bytes()).decode("ascii")} for f in figures],
@@ -83,3 +93,8 @@ def write_report(
     )
     with replace_atomically(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
+
+
+def _formatted(rows: Sequence[Row]) -> list[dict[str, str]]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{c: format_value(c, row[c]) if c in row else "" for c in columns} for row in rows]

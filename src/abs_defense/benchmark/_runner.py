@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abs_defense._versions import versions
+from abs_defense.attacks import QueryCounter
 from abs_defense.benchmark._plan import NORMS, AttackSpec
 from abs_defense.benchmark._store import Arrays, PieceKey, Store
 from abs_defense.data import ImageSet
 from abs_defense.models import ABS
 
-SHARD = 100
+SHARD = 50
 CLEAN = "clean"
 
 
@@ -36,7 +37,7 @@ class Result:
         norm: of the distances, None for clean.
         arrays: per image, ``predictions`` and ``confidences`` for clean; ``distances`` (0 for images that are
             misclassified as they are, infinity where the attack failed) and ``adversarials`` for an attack; and
-            ``queries`` (model queries an image) for both.
+            ``queries`` and ``gradients`` (of the model, an image) for both.
         seconds: of computing, summed over pieces.
         error: why the attack could not be run, if it could not.
     """
@@ -61,7 +62,7 @@ def evaluate(
 ) -> list[Result]:
     """Clean predictions of every model, and its distance under every attack, for every image.
 
-    Finished pieces of at most 100 images are kept in ``out/pieces``; a later call with the same models, attacks,
+    Finished pieces of at most 50 images are kept in ``out/pieces``; a later call with the same models, attacks,
     images, seed and versions computes only what is missing. A piece that fails is reported and does not stop the
     rest; it is tried again by the next call.
 
@@ -147,15 +148,16 @@ def _clean(model: ABS, x: Tensor, bar: tqdm[Any]) -> Arrays:
         "predictions": predictions.cpu().numpy(),
         "confidences": confidences.cpu().numpy(),
         "queries": np.ones(len(x)),
+        "gradients": np.zeros(len(x)),
         "seconds": np.array([time.perf_counter() - started]),
     }
 
 
 def _attack(model: ABS, spec: AttackSpec, x: Tensor, y: Tensor, seed: int, bar: tqdm[Any]) -> Arrays:
     started = time.perf_counter()
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    with _count_images(model, bar) as counter, _seeded(seed):
-        adversarials, _, _ = spec.make()(wrapped, x, y, epsilons=None)
+    counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
+    with _show_queries(model, bar), _seeded(seed):
+        adversarials, _, _ = spec.make()(counter, x, y, epsilons=None)
     with torch.no_grad():
         fooled = model(adversarials).argmax(1) != y
         misclassified = model(x).argmax(1) != y
@@ -165,27 +167,20 @@ def _attack(model: ABS, spec: AttackSpec, x: Tensor, y: Tensor, seed: int, bar: 
     return {
         "distances": distances.cpu().numpy(),
         "adversarials": adversarials.cpu().numpy(),
-        "queries": np.full(len(x), counter.images / len(x)),
+        "queries": counter.queries,
+        "gradients": counter.gradients,
         "seconds": np.array([time.perf_counter() - started]),
     }
 
 
-@dataclass
-class _Counter:
-    images: int = 0
-
-
 @contextmanager
-def _count_images(model: nn.Module, bar: tqdm[Any]) -> Iterator[_Counter]:
-    counter = _Counter()
-
-    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        counter.images += len(output)
+def _show_queries(model: nn.Module, bar: tqdm[Any]) -> Iterator[None]:
+    def update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         bar.update(len(output))
 
-    handle = model.register_forward_hook(count)
+    handle = model.register_forward_hook(update)
     try:
-        yield counter
+        yield
     finally:
         handle.remove()
 

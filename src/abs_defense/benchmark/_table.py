@@ -1,17 +1,17 @@
-"""The table of an evaluation: one row a model."""
+"""The tables of an evaluation: one row a model, and one row a model and attack."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from abs_defense._files import replace_atomically
-from abs_defense.benchmark._plan import NORMS
+from abs_defense.benchmark._plan import NORMS, Norm
 from abs_defense.benchmark._runner import CLEAN, Result
 from abs_defense.data import ImageSet
 
@@ -24,7 +24,7 @@ def smallest_distances(results: Sequence[Result], model: str, norm: str) -> npt.
 
 def table_rows(results: Sequence[Result], data: ImageSet) -> list[dict[str, float | str | None]]:
     """One row a model: clean accuracy, median confidence, and per norm the median distance and the accuracy left
-    at the paper's threshold (1.5, 0.3, 12 pixels) under all attacks together; queries an image; seconds.
+    at the paper's threshold (1.5, 0.3, 12 pixels) under all attacks together; queries and gradients an image; seconds.
 
     Distances are in pixel values of [0, 1] for L2 and L-infinity, in pixels for L0. A misclassified image has
     distance 0. An image counts as robust at a threshold if its smallest adversarial distance is larger.
@@ -47,11 +47,39 @@ def table_rows(results: Sequence[Result], data: ImageSet) -> list[dict[str, floa
                 median, left = float(np.median(distances)), float((distances > spec.threshold).mean())
             row[f"{spec.label} median"] = median
             row[f"{spec.label} accuracy at {spec.threshold:g}"] = left
-        queries = [float(r.arrays["queries"].mean()) for r in own if r.arrays and len(r.arrays["queries"])]
-        row["queries per image"] = sum(queries)
+        for what in ("queries", "gradients"):
+            row[f"{what} per image"] = sum(_mean(r, what) for r in own)
         row["seconds"] = sum(r.seconds for r in own)
         rows.append(row)
     return rows
+
+
+def attack_rows(results: Sequence[Result]) -> list[dict[str, float | str | None]]:
+    """One row a model and attack: norm, success rate and median distance over the images that the model classifies
+    correctly, queries and gradients an image, seconds."""
+    rows: list[dict[str, float | str | None]] = []
+    for result in results:
+        if result.attack == CLEAN or result.error is not None or not result.arrays:
+            continue
+        distances = result.arrays["distances"]
+        attacked = distances[distances > 0]
+        rows.append(
+            {
+                "model": result.model,
+                "attack": result.attack,
+                "norm": NORMS[cast(Norm, result.norm)].label,
+                "success rate": float(np.isfinite(attacked).mean()) if len(attacked) else None,
+                "median distance": float(np.median(attacked)) if len(attacked) else None,
+                "queries per image": _mean(result, "queries"),
+                "gradients per image": _mean(result, "gradients"),
+                "seconds": result.seconds,
+            }
+        )
+    return rows
+
+
+def _mean(result: Result, what: str) -> float:
+    return float(result.arrays[what].mean()) if result.arrays and len(result.arrays[what]) else 0.0
 
 
 def format_value(column: str, value: float | str | None) -> str:
@@ -60,9 +88,9 @@ def format_value(column: str, value: float | str | None) -> str:
         return "failed"
     if isinstance(value, str):
         return value
-    if "accuracy" in column:
+    if "accuracy" in column or "rate" in column:
         return f"{100 * value:.1f} %" if value < 0.9995 or value == 1.0 else f"{100 * value:.2f} %"
-    if column in ("images", "queries per image", "seconds"):
+    if column in ("images", "queries per image", "gradients per image", "seconds"):
         return f"{value:.0f}"
     return "none found" if np.isinf(value) else f"{value:.3g}"
 
