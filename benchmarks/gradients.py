@@ -1,0 +1,95 @@
+"""Which gradient breaks ABS most cheaply? DDN with envelope, unrolled and estimated gradients on the same images.
+
+    python benchmarks/gradients.py [--weights FOLDER] [--images 10] [--steps 20]
+
+The first table has the cosine between each gradient and central finite differences of the logits' margin on clean
+images (in double precision, along 100 random directions); a gradient that is zero or points elsewhere is masked. The
+second has the attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import foolbox as fb
+import torch
+from torch import Tensor
+
+from abs_defense import ABS, BinaryABS
+from abs_defense.attacks import FiniteDifferenceModel, L2BisectorAttack, QueryCounter, RandomDirectionModel
+from abs_defense.data import foolbox_digits, load_idx_dataset
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
+
+
+def alignment(model: torch.nn.Module, x: Tensor, y: Tensor, directions: int = 100, width: float = 1e-3) -> Tensor:
+    """Correlation, over random directions, of the gradient's slope and the slope that is measured."""
+    live = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(margin(model(live), y).sum(), live)[0]
+    generator = torch.Generator().manual_seed(0)
+    said, measured = [], []
+    for _ in range(directions):
+        u = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        u = u * ((x > 10 * width) & (x < 1 - 10 * width))
+        said.append((gradient * u).flatten(1).sum(1))
+        with torch.no_grad():
+            measured.append((margin(model(x + width * u), y) - margin(model(x - width * u), y)) / (2 * width))
+    return torch.cosine_similarity(torch.stack(said), torch.stack(measured), dim=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="mnist")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--alignment-images", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--directions", type=int, default=32)
+    parser.add_argument("--finite-difference-images", type=int, default=0, help="784 pixels x steps queries each")
+    args = parser.parse_args()
+    data = (foolbox_digits() if args.data_dir is None else load_idx_dataset(args.data_dir)).head(args.images)
+    x, y = data.images, data.labels
+    print(f"{data.name}, {len(x)} images, DDN with {args.steps} steps")
+
+    for kind in (ABS, BinaryABS):
+        exact = {g: kind(args.weights, gradient=g) for g in ("envelope", "unrolled")}
+        if kind is ABS:
+            n = args.alignment_images
+            for name, model in exact.items():
+                cosine = alignment(model.double(), x[:n].double(), y[:n])
+                print(
+                    f"{kind.__name__}, {name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}"
+                )
+                model.float()
+        foolbox_models = {g: fb.PyTorchModel(m, bounds=(0, 1), device="cpu") for g, m in exact.items()}
+        plain = foolbox_models["envelope"]
+        print(f"{kind.__name__:26s}    found  median L2  queries  gradients  seconds")
+        for name in ("envelope", "unrolled", "random directions", "finite differences", "none: bisector attack"):
+            count = args.finite_difference_images if name == "finite differences" else len(x)
+            if not count:
+                continue
+            counter = QueryCounter(foolbox_models.get(name, plain), count)
+            attacked: fb.Model = counter
+            if name == "random directions":
+                attacked = RandomDirectionModel(counter, directions=args.directions)
+            if name == "finite differences":
+                attacked = FiniteDifferenceModel(counter)
+            attack = L2BisectorAttack() if name.startswith("none") else fb.attacks.DDNAttack(steps=args.steps)
+            started = time.perf_counter()
+            adversarials, _, success = attack(attacked, x[:count], y[:count], epsilons=None)
+            seconds = time.perf_counter() - started
+            distances = fb.distances.l2(x[:count], adversarials)
+            distances = torch.where(success, distances, torch.inf)
+            print(
+                f"  {name:24s} {int(success.sum()):4d}/{count:<3d} {distances.median():10.2f} "
+                f"{counter.queries.mean():8.0f} {counter.gradients.mean():10.0f} {seconds:8.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
