@@ -61,9 +61,7 @@ def main() -> None:
             n = args.alignment_images
             for name, model in exact.items():
                 cosine = alignment(model.double(), x[:n].double(), y[:n])
-                print(
-                    f"{kind.__name__}, {name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}"
-                )
+                print(f"{name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}")
                 model.float()
         foolbox_models = {g: fb.PyTorchModel(m, bounds=(0, 1), device="cpu") for g, m in exact.items()}
         plain = foolbox_models["envelope"]
