@@ -62,6 +62,7 @@ class BisectorAttack(ContractAttack):
     """
 
     _program: ClassVar[Program]
+    _scalable: ClassVar[bool] = True  # whether a perturbation gets smaller when it is scaled down
 
     def __init__(
         self,
@@ -132,8 +133,9 @@ class BisectorAttack(ContractAttack):
             self._approach(insight, goal, setting, rows, rivals, observation, best, enough)
 
         rows = everyone[(best.size > enough) & best.size.isfinite()]
-        _, outer = bisect(insight, original[rows], best.images[rows], rows, self.binary_search_steps)
-        best.update(outer, rows, torch.ones_like(rows, dtype=torch.bool))
+        if self._scalable and len(rows):
+            _, outer = bisect(insight, original[rows], best.images[rows], rows, self.binary_search_steps)
+            best.update(outer, rows, torch.ones_like(rows, dtype=torch.bool))
         return restore_type(ep.astensor(best.images))
 
     def _nearest_rivals(self, goal: Goal, observation: Observation, rows: Tensor) -> Tensor:
@@ -186,7 +188,9 @@ class BisectorAttack(ContractAttack):
             defenders = [*defenders, met]
 
             size = best.size[rows]
-            waited = torch.where((size < last * (1.0 - _TOLERANCE)) | size.isinf(), 0, waited + 1)
+            gained = size < last * (1.0 - _TOLERANCE)
+            promising = ~per_image(hit, size) & (best.distances(candidates, rows) < size * (1.0 - _TOLERANCE))
+            waited = torch.where(gained, 0, waited + (~promising).long())
             last = size
             going = (waited < _PATIENCE) & (size > enough)
             rows, rivals, last, waited = rows[going], rivals[going], last[going], waited[going]
@@ -221,6 +225,7 @@ class LInfBisectorAttack(BisectorAttack):
 class L0BisectorAttack(BisectorAttack):
     __doc__ = f"L0: the program is solved greedily. {BisectorAttack.__doc__}"
     _program = L0Program()
+    _scalable = False
 
     @property
     def distance(self) -> Distance:
@@ -240,8 +245,12 @@ class _Best:
     def of(cls, original: Tensor, clean: Tensor, distance: Distance) -> _Best:
         return cls(original, original.clone(), torch.where(clean, 0.0, torch.inf), distance)
 
+    def distances(self, candidates: Tensor, rows: Tensor) -> Tensor:
+        sizes: Tensor = self.distance(self.original[rows], candidates)
+        return sizes
+
     def update(self, candidates: Tensor, rows: Tensor, hit: Tensor) -> None:
-        size = self.distance(self.original[rows], candidates)
+        size = self.distances(candidates, rows)
         better = hit & (size < self.size[rows])
         self.images[rows[better]] = candidates[better]
         self.size[rows[better]] = size[better].to(self.size.dtype)
