@@ -85,7 +85,8 @@ def evaluate(
     if result.attacks:
         details = Table(title="each attack, over the images classified correctly")
         for column in result.attacks[0]:
-            details.add_column(column, justify="left" if column in ("model", "attack", "norm") else "right")
+            is_name = column in ("model", "attack", "norm")
+            details.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
         for row in result.attacks:
             details.add_row(*(format_value(column, value) for column, value in row.items()))
         console.print(details)

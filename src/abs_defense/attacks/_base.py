@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import eagerpy as ep
 import numpy as np
 import numpy.typing as npt
-from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
+from foolbox.attacks.base import Attack, MinimizationAttack, raise_if_kwargs
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from foolbox.devutils import flatten
 from foolbox.distances import LpDistance
@@ -52,11 +52,11 @@ class L0Distance(LpDistance):
 
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
         (x, y), restore_type = ep.astensors_(references, perturbed)
-        kept = int(epsilon)
         change = flatten(y - x)
         size = change.abs().numpy()
-        if kept >= size.shape[1]:
+        if epsilon >= size.shape[1]:
             return perturbed
+        kept = int(epsilon)
         order = np.argsort(-size, axis=1, kind="stable")
         mask = np.zeros_like(size, dtype=bool)
         np.put_along_axis(mask, order[:, :kept], True, axis=1)
@@ -67,6 +67,16 @@ class L0Distance(LpDistance):
 class ContractAttack(MinimizationAttack):
     """A minimisation attack of foolbox that also takes empty batches, labels of any integer type or numpy labels, and
     names what is wrong with its input."""
+
+    def repeat(self, times: int) -> Attack:
+        """The attack itself: it is deterministic, so a repetition finds the same.
+
+        Raises:
+            ValueError: ``times`` is less than 1.
+        """
+        if times < 1:
+            raise ValueError(f"times: expected at least 1, got {times}")
+        return self
 
     def __call__(  # type: ignore[misc]
         self,
@@ -99,14 +109,14 @@ class ContractAttack(MinimizationAttack):
 
 def as_criterion(criterion: Any, x: ep.Tensor) -> Criterion:
     """A criterion whose labels have the type of the inputs; labels alone mean misclassification."""
-    kind = type(criterion) if isinstance(criterion, (Misclassification, TargetedMisclassification)) else None
-    if isinstance(criterion, Criterion) and kind is None:
-        return criterion
+    kind: type[Misclassification] | type[TargetedMisclassification] = Misclassification
     labels = criterion
-    if isinstance(criterion, Misclassification):
+    if type(criterion) is Misclassification:
         labels = criterion.labels
-    elif isinstance(criterion, TargetedMisclassification):
-        labels = criterion.target_classes
+    elif type(criterion) is TargetedMisclassification:
+        kind, labels = TargetedMisclassification, criterion.target_classes
+    elif isinstance(criterion, Criterion):
+        return criterion
     if isinstance(labels, (list, tuple, np.ndarray)):
         array = np.asarray(labels)
     else:
@@ -118,7 +128,7 @@ def as_criterion(criterion: Any, x: ep.Tensor) -> Criterion:
             ) from None
     if array.dtype.kind not in "iuf" or (array.dtype.kind == "f" and not np.equal(array, np.round(array)).all()):
         raise ValueError(f"labels: expected whole numbers, got {array.dtype}")
-    return (kind or Misclassification)(ep.from_numpy(x, array.astype(np.int64)))
+    return kind(ep.from_numpy(x, array.astype(np.int64)))
 
 
 def one_image(criterion: Criterion, row: int) -> Criterion:
@@ -127,9 +137,9 @@ def one_image(criterion: Criterion, row: int) -> Criterion:
     Raises:
         ValueError: for criteria other than (targeted) misclassification, which cannot be taken apart.
     """
-    if isinstance(criterion, Misclassification):
+    if type(criterion) is Misclassification:
         return Misclassification(criterion.labels[row : row + 1])
-    if isinstance(criterion, TargetedMisclassification):
+    if type(criterion) is TargetedMisclassification:
         return TargetedMisclassification(criterion.target_classes[row : row + 1])
     raise ValueError(f"criterion: expected (targeted) misclassification, got {type(criterion).__name__}")
 
@@ -152,6 +162,21 @@ def check_bounds(x: ep.Tensor, model: Model) -> None:
             f"inputs: expected values in the model's bounds [{model.bounds.lower}, {model.bounds.upper}], "
             f"got values from {lower} to {upper}"
         )
+
+
+def as_starting_points(points: Any, x: ep.Tensor, model: Model) -> ep.Tensor:
+    """Starting points with the type of the inputs.
+
+    Raises:
+        ValueError: they have another shape than the inputs, or lie outside the model's bounds.
+    """
+    starts: ep.Tensor = ep.astensor(points)
+    if not isinstance(starts, type(x)):
+        starts = ep.from_numpy(x, starts.numpy()).astype(x.dtype)
+    if tuple(starts.shape) != tuple(x.shape):
+        raise ValueError(f"starting_points: expected shape {tuple(x.shape)}, got {tuple(starts.shape)}")
+    check_bounds(starts, model)
+    return starts
 
 
 def no_more_arguments(kwargs: dict[str, Any]) -> None:

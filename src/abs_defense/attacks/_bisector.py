@@ -17,7 +17,7 @@ from abs_defense.attacks._base import (
     L0Distance,
     T,
     as_criterion,
-    check_bounds,
+    as_starting_points,
     check_labels,
     no_more_arguments,
 )
@@ -112,6 +112,7 @@ class BisectorAttack(ContractAttack):
         check_labels(criterion, len(x))
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
+        goal.check(insight.clean_observation)
         observation = insight.clean_observation
         setting = insight.setting(self.margin)
         original: Tensor = x.raw.detach()
@@ -120,10 +121,7 @@ class BisectorAttack(ContractAttack):
         everyone = torch.arange(len(original), device=original.device)
 
         if starting_points is not None:
-            points = ep.astensor(starting_points)
-            if tuple(points.shape) != tuple(x.shape):
-                raise ValueError(f"starting_points: expected shape {tuple(x.shape)}, got {tuple(points.shape)}")
-            check_bounds(points, model)
+            points = as_starting_points(starting_points, x, model)
             hit, found = insight(points.raw, everyone)
             best.update(points.raw, everyone, per_image(hit, original))
             rivals = goal.rivals(found.inference.energy, everyone)
@@ -180,7 +178,9 @@ class BisectorAttack(ContractAttack):
 
             seen, everyone = seen_images(observation), torch.arange(len(rows), device=rows.device)
             found = Points.found(observation, rivals, everyone)
-            attackers = found.where(found.energy(seen) < attackers.energy(seen), attackers)
+            # A kept point that the model no longer finds would give the same candidate again.
+            better = (found.energy(seen) < attackers.energy(seen)) | ~per_image(hit, rows)
+            attackers = found.where(better, attackers)
             met = Points.found(observation, goal.defenders(observation.inference.energy, rows), everyone)
             if len(defenders) == self.points:
                 energies = torch.stack([point.energy(seen) for point in defenders])

@@ -106,7 +106,7 @@ class DistalAttack(Attack):
                 if eta:
                     enough = torch.tensor(eta).log() - torch.tensor(1.0 - self.confidence).log() + 2.0
                     objective = objective + (target_logits - enough.to(logits)).clamp_max(0.0)
-                gradient = torch.autograd.grad(objective.sum(), live)[0]
+                gradient = torch.autograd.grad(objective[~fooled[rows]].sum(), live)[0]
             norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
             following = (live.detach() + length * gradient / norms).clamp(*model.bounds)
             going = ~fooled[rows]

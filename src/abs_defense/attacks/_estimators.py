@@ -12,7 +12,7 @@ from foolbox.models import Model
 from foolbox.types import Bounds
 from torch import Tensor
 
-from abs_defense.attacks._base import query_rows
+from abs_defense.attacks._base import queried_rows, query_rows
 
 T = TypeVar("T")
 
@@ -154,6 +154,9 @@ class _Estimated(torch.autograd.Function):
         ctx.save_for_backward(images, outputs)
         ctx.model = model
         ctx.known = {}
+        rows = queried_rows()
+        known = rows is not None and len(rows) == len(images)
+        ctx.rows = torch.from_numpy(rows) if known else torch.arange(len(images))
         return outputs.clone()
 
     @staticmethod
@@ -164,7 +167,7 @@ class _Estimated(torch.autograd.Function):
         new = torch.tensor([row for row in needed.tolist() if row not in ctx.known], dtype=torch.long)
         if len(new):
             new = new.to(images.device)
-            jacobians = ctx.model._jacobians(images[new].detach(), new, outputs[new])
+            jacobians = ctx.model._jacobians(images[new].detach(), ctx.rows.to(new.device)[new], outputs[new])
             ctx.known.update(zip(new.tolist(), jacobians, strict=True))
         gradient = torch.zeros_like(images).flatten(1)
         for row in needed.tolist():

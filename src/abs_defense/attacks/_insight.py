@@ -36,6 +36,16 @@ class Goal:
             f"got {type(criterion).__name__}"
         )
 
+    def check(self, observation: Observation) -> None:
+        """Raise ``ValueError`` if a label or target is not a class of the model."""
+        classes = observation.inference.energy.shape[1]
+        for name, wanted in {"labels": self.labels, "target_classes": self.targets}.items():
+            if wanted is not None and not ((wanted >= 0) & (wanted < classes)).all():
+                raise ValueError(
+                    f"{name}: expected classes 0 to {classes - 1}, got values from {int(wanted.min())} "
+                    f"to {int(wanted.max())}"
+                )
+
     def rivals(self, energies: Tensor, rows: Tensor) -> Tensor:
         """The class to go to: the target, else the one of lowest energy that is not the label, ``(N,)``."""
         if self.targets is not None:
@@ -115,9 +125,11 @@ class Insight:
             x, scale * x + shift, seen_images(observation), scale, self._bounds, observation.threshold, margin
         )
 
-    def from_model(self, images: Tensor) -> Tensor:
-        """Pixels of the model in the attack's space."""
-        return ((images - self.shift) / self.scale).clamp(*self._bounds)
+    def from_model(self, images: Tensor, x: Tensor) -> Tensor:
+        """Pixels of the model in the attack's space; where the model does not see them, those of ``x``."""
+        seen = self.scale != 0
+        scale = torch.where(seen, self.scale, 1.0)
+        return torch.where(seen, ((images - self.shift) / scale).clamp(*self._bounds), x)
 
 
 def _heard(heard: list[Observation], count: int) -> Observation:

@@ -66,6 +66,7 @@ class LatentDescentAttack(ContractAttack):
         check_labels(criterion, len(x))
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
+        goal.check(insight.clean_observation)
         original: Tensor = x.raw.detach()
         result = original.clone()
 
@@ -115,7 +116,7 @@ class LatentDescentAttack(ContractAttack):
             wanted = reconstruction > threshold
             across = torch.where(wanted, threshold + self.margin, threshold - self.margin)
             reconstruction = torch.where(wanted == (image > threshold), image, across)
-        return insight.from_model(reconstruction)
+        return insight.from_model(reconstruction, original[rows])
 
     def _changed(self, insight: Insight, before: Tensor, after: Tensor) -> Tensor:
         """Which images the model sees differently, ``(N,)``."""

@@ -21,7 +21,7 @@ from abs_defense.attacks._base import (
     Oracle,
     T,
     as_criterion,
-    check_bounds,
+    as_starting_points,
     check_labels,
     no_more_arguments,
     one_image,
@@ -53,7 +53,8 @@ class PointwiseAttack(ContractAttack):
         init_attack: minimisation attack that gives the starting points. By default salt and pepper noise of growing
             density, drawn anew up to ``start_draws`` times.
         start_draws: see ``init_attack``; a draw costs at most 10 queries.
-        max_queries: the most queries an image, over all restarts; those of ``init_attack`` are not counted.
+        max_queries: the most queries an image, over all restarts and with the one of the original; those of
+            ``init_attack`` are not counted.
         seed: of all random choices. An image's result depends neither on its place in the batch nor on the others.
 
     Raises:
@@ -158,10 +159,8 @@ class PointwiseAttack(ContractAttack):
             assert self.init_attack is not None
             points = _init_each(self.init_attack, model, criterion, x)
         else:
-            points = ep.astensor(given)
-        if tuple(points.shape) != tuple(x.shape):
-            raise ValueError(f"starting_points: expected shape {tuple(x.shape)}, got {tuple(points.shape)}")
-        check_bounds(points, model)
+            points = given
+        points = as_starting_points(points, x, model)
         array: npt.NDArray[np.floating[Any]] = points.numpy().reshape(len(x), -1)
         return array
 
@@ -192,13 +191,14 @@ class _Run:
     size: Any
     max_queries: int | None
     early_stop: float | None
-    queries: int = 0
+    queries: int = 1  # of the original
     best_size: float = np.inf
 
     def __post_init__(self) -> None:
         self.best = self.x
         self.candidate: Image | None = None
-        self._next(None)
+        if self.max_queries != 1:
+            self._next(None)
 
     def answer(self, hit: bool) -> None:
         assert self.candidate is not None
@@ -208,7 +208,7 @@ class _Run:
             if size < self.best_size:
                 self.best, self.best_size = self.candidate, size
         spent = self.max_queries is not None and self.queries >= self.max_queries
-        if spent or (self.early_stop is not None and self.best_size <= self.early_stop):
+        if spent or (self.early_stop is not None and np.isfinite(self.best_size) and self.best_size <= self.early_stop):
             self.candidate = None
         else:
             self._next(hit)

@@ -124,8 +124,9 @@ class Program(ABC):
         gains = torch.stack([a - cost[0] for a in cost[1:]], dim=1)
         assert setting.threshold is not None
         across = setting.threshold + setting.margin * sign - setting.model_images
-        change = across / setting.scale
-        return change * self._chosen(gains, rest, change.abs())
+        visible = setting.scale != 0
+        change = torch.where(visible, across / torch.where(visible, setting.scale, 1.0), 0.0)
+        return change * self._chosen(gains * visible, rest, change.abs())
 
     @abstractmethod
     def _smallest(self, ways: Tensor, rest: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

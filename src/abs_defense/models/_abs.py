@@ -180,7 +180,7 @@ class ABS(nn.Module):
     def _observation(self, images: Tensor, energies: Tensor, latents: Tensor) -> Observation:
         return Observation(
             images=images.detach().clone(),
-            inference=self._inference(energies, latents),
+            inference=self._inference(energies.detach().clone(), latents),
             threshold=self._threshold,
             gamma=self._scale(torch.ones_like(energies[:1]))[0].float(),
             eta=float(self.eta),
