@@ -132,8 +132,9 @@ class ClassDecoder:
         h0 = F.elu_(torch.addmm(self.b0, latents, self.w0)).view(n, 4, 4, -1)
         h1 = F.elu_(F.conv2d(h0.permute(0, 3, 1, 2), self.w1, self.b1, padding=2)).permute(0, 2, 3, 1)
         image = _phases_to_pixels(h1)[:, :11, :11]
-        # Not in place: when the descent is unrolled, autograd must not read the values that are cleared below.
-        h2 = F.elu(F.conv2d(image.permute(0, 3, 1, 2), self.w2, self.b2, padding=2)).permute(0, 2, 3, 1)
+        # Not in place under autograd, which must not read the values that are cleared below.
+        h2 = F.conv2d(image.permute(0, 3, 1, 2), self.w2, self.b2, padding=2)
+        h2 = F.elu(h2, inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)
         _clear_pixel_25(h2)
         taps = (h2.reshape(n * 169, -1) @ self.w3).view(n, 13, 13, 3, 3, 2, 2)
         sums = taps.new_zeros(n, 15, 15, 2, 2)
