@@ -1,10 +1,10 @@
 """Which gradient breaks ABS most cheaply? DDN with envelope, unrolled and estimated gradients on the same images.
 
-    python benchmarks/gradients.py [--weights FOLDER] [--images 10] [--steps 20]
+    python benchmarks/gradients.py [--weights FOLDER] [--images 10] [--steps 40]
 
 The first table has the cosine between each gradient and central finite differences of the logits' margin on clean
 images (in double precision, along 100 random directions); a gradient that is zero or points elsewhere is masked. The
-second has the attack.
+second has the attack; with 15 steps DDN finds nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--images", type=int, default=10)
     parser.add_argument("--alignment-images", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--directions", type=int, default=32)
     parser.add_argument("--finite-difference-images", type=int, default=0, help="784 pixels x steps queries each")
     args = parser.parse_args()

@@ -9,12 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from idx import write_toy_set
 
 from abs_defense import ABS, BinaryABS
 from abs_defense.data import ImageSet, load_idx_dataset
-from abs_defense.models import fold_decoders, load_weights, save_weights
+from abs_defense.inference import DecoderStack
+from abs_defense.models import Calibration, Weights, fold_decoders, load_weights, save_weights, unfold_decoders
 from abs_defense.training import (
     VAETraining,
     calibrate_confidence,
@@ -193,7 +195,7 @@ def test_vaes_that_are_not_there_or_something_else(tmp_path):
     (tmp_path / "vaes.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"expected the vaes\.safetensors of a training"):
         load_vaes(tmp_path / "vaes.safetensors")
-    save_weights(tmp_path / "weights.safetensors", load_weights(None))
+    safetensors.torch.save_file({"other": torch.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"expected the vaes\.safetensors of a training"):
         load_vaes(tmp_path / "weights.safetensors")
 
@@ -287,3 +289,31 @@ def test_class_energies_are_those_of_inference(toy):
     energies = class_energies(model, toy.images[:5], progress=False, batch_size=2)
     torch.testing.assert_close(energies, model.infer(toy.images[:5]).energy, rtol=1e-5, atol=1e-4)
     assert class_energies(model, toy.images[:0], progress=False).shape == (0, 10)
+
+
+def test_unfolded_decoders_decode_and_train_as_the_folded_ones():
+    stack = load_weights("mnist").decoders
+    latents = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(1))
+    expected = stack(latents)
+    for c, decoder in enumerate(unfold_decoders(stack)):
+        torch.testing.assert_close(decoder(latents[c][:, :, None, None]), expected[c], rtol=1e-4, atol=1e-5)
+        in_training = decoder.train()(latents[c][:, :, None, None])
+        assert (in_training - expected[c]).square().sum((1, 2, 3)).mean() < 0.1 * expected[c].square().sum(
+            (1, 2, 3)
+        ).mean()
+
+
+def test_training_starts_from_bundled_decoders(toy, tmp_path):
+    stack = load_weights("mnist").decoders
+    three = DecoderStack(
+        [stack.get_parameter(f"weight_{i}")[:3] for i in range(4)],
+        [stack.get_parameter(f"bias_{i}")[:3] for i in range(4)],
+    )
+    save_weights(tmp_path / "three.safetensors", Weights(three, Calibration(1.0, 0.0, (1.0,) * 3)))
+    start = load_vaes(tmp_path / "three.safetensors")
+    config = VAETraining(epochs=1, encoder_epochs=1, kl_epochs=0, augment=False)
+    trained = train_vaes(toy, tmp_path / "out", config, init=start, progress=False)
+    for before, after in zip(start, trained, strict=True):
+        for name, value in after.decoder.state_dict().items():
+            torch.testing.assert_close(value, before.decoder.state_dict()[name], rtol=0, atol=0, msg=name)
+        assert not torch.equal(before.encoder.conv_0.weight, after.encoder.conv_0.weight)

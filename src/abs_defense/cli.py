@@ -107,7 +107,10 @@ def train_abs_command(
     learning_rate: Annotated[float, typer.Option(help="Adam's, before its decay.")] = 3e-3,
     decay_from: Annotated[int, typer.Option(min=0, help="Epoch from which the learning rate falls (cosine).")] = 50,
     kl_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which the KL weight falls from 10 to 1.")] = 50,
-    init: Annotated[Path | None, typer.Option(help="vaes.safetensors of an earlier training to start from.")] = None,
+    encoder_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which only the encoders learn.")] = 0,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from a vaes.safetensors, from 'mnist' or from a file of ABS weights.")
+    ] = None,
     augment: Annotated[bool, typer.Option(help="Light zoom, shear, skew, elastic distortion.")] = True,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Epochs between checkpoints.")] = 2,
     calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
@@ -130,6 +133,7 @@ def train_abs_command(
         learning_rate=learning_rate,
         decay_from=decay_from,
         kl_epochs=kl_epochs,
+        encoder_epochs=encoder_epochs,
         augment=augment,
         seed=seed,
         checkpoint_every=checkpoint_every,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,11 +11,12 @@ from typing import Any, TypeVar
 import eagerpy as ep
 import numpy as np
 import numpy.typing as npt
-from foolbox.attacks.base import Attack, MinimizationAttack, raise_if_kwargs
+from foolbox.attacks.base import Attack, MinimizationAttack
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from foolbox.devutils import flatten
 from foolbox.distances import LpDistance
 from foolbox.models import Model
+from foolbox.types import Bounds
 
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
@@ -64,9 +66,55 @@ class L0Distance(LpDistance):
         return clipped
 
 
+def check_counts(least: int = 1, **settings: int | None) -> None:
+    """Raise ``ValueError`` for settings below ``least``; None means no limit."""
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_positive(**settings: float) -> None:
+    """Raise ``ValueError`` for settings that are not above zero."""
+    for name, value in settings.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+class WrappedModel(Model):
+    """A foolbox model around another one, with its bounds and data format."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @property
+    def bounds(self) -> Bounds:
+        return self._model.bounds
+
+    @property
+    def data_format(self) -> Any:
+        return self._model.data_format  # type: ignore[attr-defined]
+
+
 class ContractAttack(MinimizationAttack):
     """A minimisation attack of foolbox that also takes empty batches, labels of any integer type or numpy labels, and
-    names what is wrong with its input."""
+    names what is wrong with its input. Subclasses implement ``_perturb``."""
+
+    @abstractmethod
+    def _perturb(self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None) -> ep.Tensor:
+        """Perturbed images; those for which none was found as they are. May take more keyword arguments."""
+
+    def run(self, model: Model, inputs: T, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> T:
+        """Perturbed inputs; an image for which none was found comes back as it is.
+
+        Args:
+            model, inputs, criterion: as for all of foolbox's attacks.
+            early_stop: images with a distance of at most this need not be improved further.
+            kwargs: what the attack takes besides, see its description.
+        """
+        x, restore_type = ep.astensor_(inputs)
+        criterion = as_criterion(criterion, x)
+        check_labels(criterion, len(x))
+        return restore_type(self._perturb(model, x, criterion, early_stop, **kwargs))
 
     def repeat(self, times: int) -> Attack:
         """The attack itself: it is deterministic, so a repetition finds the same.
@@ -74,8 +122,7 @@ class ContractAttack(MinimizationAttack):
         Raises:
             ValueError: ``times`` is less than 1.
         """
-        if times < 1:
-            raise ValueError(f"times: expected at least 1, got {times}")
+        check_counts(times=times)
         return self
 
     def __call__(  # type: ignore[misc]
@@ -177,11 +224,6 @@ def as_starting_points(points: Any, x: ep.Tensor, model: Model) -> ep.Tensor:
         raise ValueError(f"starting_points: expected shape {tuple(x.shape)}, got {tuple(starts.shape)}")
     check_bounds(starts, model)
     return starts
-
-
-def no_more_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise ``TypeError`` for keyword arguments that nobody took."""
-    raise_if_kwargs(kwargs)
 
 
 class Oracle:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import eagerpy as ep
 import torch
+from foolbox.criteria import Criterion
 from foolbox.distances import Distance, l2, linf
 from foolbox.models import Model
 from torch import Tensor
@@ -15,11 +15,9 @@ from torch import Tensor
 from abs_defense.attacks._base import (
     ContractAttack,
     L0Distance,
-    T,
-    as_criterion,
     as_starting_points,
-    check_labels,
-    no_more_arguments,
+    check_counts,
+    check_positive,
 )
 from abs_defense.attacks._insight import Goal, Insight, bisect, per_image
 from abs_defense.attacks._programs import (
@@ -48,6 +46,9 @@ class BisectorAttack(ContractAttack):
     if that is better. The smallest adversarial met counts, and is pulled towards the original by a binary search.
     Every candidate is judged by the model itself.
 
+    Called with ``starting_points``, adversarials of another attack, it tries the classes and points found there
+    first, and they count as found.
+
     Works on every foolbox model with ABS or Binary ABS inside, as ``LatentDescentAttack`` does.
 
     Args:
@@ -73,43 +74,23 @@ class BisectorAttack(ContractAttack):
         binary_search_steps: int = 10,
         margin: float = 1e-5,
     ) -> None:
-        for name, value in {"steps": steps, "rivals": rivals, "points": points}.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if binary_search_steps < 0:
-            raise ValueError(f"binary_search_steps: expected 0 or more, got {binary_search_steps}")
+        check_counts(steps=steps, rivals=rivals, points=points)
+        check_counts(0, binary_search_steps=binary_search_steps)
+        check_positive(margin=margin)
         self.steps = steps
         self.rivals = rivals
         self.points = points
         self.binary_search_steps = binary_search_steps
         self.margin = margin
 
-    @property
-    @abstractmethod
-    def distance(self) -> Distance: ...
-
-    def run(
+    def _perturb(
         self,
         model: Model,
-        inputs: T,
-        criterion: Any,
-        *,
+        x: ep.Tensor,
+        criterion: Criterion,
+        early_stop: float | None,
         starting_points: Any = None,
-        early_stop: float | None = None,
-        **kwargs: Any,
-    ) -> T:
-        """Perturbed inputs; an image for which none was found comes back as it is.
-
-        Args:
-            model, inputs, criterion: as for all of foolbox's attacks.
-            starting_points: adversarials of another attack; the classes and points found there are tried first, and
-                they count as found.
-            early_stop: images with a distance of at most this are not improved further.
-        """
-        no_more_arguments(kwargs)
-        x, restore_type = ep.astensor_(inputs)
-        criterion = as_criterion(criterion, x)
-        check_labels(criterion, len(x))
+    ) -> ep.Tensor:
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
         goal.check(insight.clean_observation)
@@ -134,7 +115,7 @@ class BisectorAttack(ContractAttack):
         if self._scalable and len(rows):
             _, outer = bisect(insight, original[rows], best.images[rows], rows, self.binary_search_steps)
             best.update(outer, rows, torch.ones_like(rows, dtype=torch.bool))
-        return restore_type(ep.astensor(best.images))
+        return ep.astensor(best.images)
 
     def _nearest_rivals(self, goal: Goal, observation: Observation, rows: Tensor) -> Tensor:
         """Classes by the distance of their bisector, nearest first, ``(N, rivals)``; the target if there is one."""
@@ -206,30 +187,21 @@ def _drop_worst(points: list[Points], energies: Tensor) -> list[Points]:
 
 class L2BisectorAttack(BisectorAttack):
     __doc__ = f"L2. {BisectorAttack.__doc__}"
+    distance = l2
     _program = L2Program()
-
-    @property
-    def distance(self) -> Distance:
-        return l2
 
 
 class LInfBisectorAttack(BisectorAttack):
     __doc__ = f"L-infinity. {BisectorAttack.__doc__}"
+    distance = linf
     _program = LInfProgram()
-
-    @property
-    def distance(self) -> Distance:
-        return linf
 
 
 class L0BisectorAttack(BisectorAttack):
     __doc__ = f"L0: the program is solved greedily. {BisectorAttack.__doc__}"
+    distance = L0Distance()
     _program = L0Program()
     _scalable = False
-
-    @property
-    def distance(self) -> Distance:
-        return L0Distance()
 
 
 @dataclass

@@ -11,7 +11,14 @@ from foolbox.criteria import TargetedMisclassification
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import as_criterion, check_bounds, check_labels, query_rows
+from abs_defense.attacks._base import (
+    as_criterion,
+    check_bounds,
+    check_counts,
+    check_labels,
+    check_positive,
+    query_rows,
+)
 from abs_defense.inference import listen
 
 
@@ -35,10 +42,8 @@ class DistalAttack(Attack):
     def __init__(self, *, confidence: float = 0.9, steps: int = 200, stepsize: float = 0.2) -> None:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        if not stepsize > 0:
-            raise ValueError(f"stepsize: expected a positive number, got {stepsize}")
+        check_counts(steps=steps)
+        check_positive(stepsize=stepsize)
         self.confidence = confidence
         self.steps = steps
         self.stepsize = stepsize

@@ -9,15 +9,14 @@ import eagerpy as ep
 import numpy as np
 import torch
 from foolbox.models import Model
-from foolbox.types import Bounds
 from torch import Tensor
 
-from abs_defense.attacks._base import queried_rows, query_rows
+from abs_defense.attacks._base import WrappedModel, check_counts, check_positive, queried_rows, query_rows
 
 T = TypeVar("T")
 
 
-class EstimatedGradientModel(Model):
+class EstimatedGradientModel(WrappedModel):
     """A foolbox model with the outputs of another one and estimated gradients; any gradient attack runs on it.
 
     The Jacobian of an image's outputs is estimated when a backward pass first needs it, from queries of that image
@@ -28,18 +27,9 @@ class EstimatedGradientModel(Model):
     """
 
     def __init__(self, model: Model, *, chunk: int) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk: expected at least 1, got {chunk}")
-        self._model = model
+        check_counts(chunk=chunk)
+        super().__init__(model)
         self._chunk = chunk
-
-    @property
-    def bounds(self) -> Bounds:
-        return self._model.bounds
-
-    @property
-    def data_format(self) -> Any:
-        return self._model.data_format  # type: ignore[attr-defined]
 
     def __call__(self, inputs: T) -> T:
         x, restore_type = ep.astensor_(inputs)
@@ -77,8 +67,7 @@ class FiniteDifferenceModel(EstimatedGradientModel):
 
     def __init__(self, model: Model, *, epsilon: float = 0.05, chunk: int = 512) -> None:
         super().__init__(model, chunk=chunk)
-        if not epsilon > 0:
-            raise ValueError(f"epsilon: expected a positive number, got {epsilon}")
+        check_positive(epsilon=epsilon)
         self.epsilon = epsilon
 
     def _jacobians(self, images: Tensor, rows: Tensor, outputs: Tensor) -> Tensor:
@@ -121,10 +110,8 @@ class RandomDirectionModel(EstimatedGradientModel):
         self, model: Model, *, directions: int = 64, sigma: float = 0.1, seed: int = 0, chunk: int = 512
     ) -> None:
         super().__init__(model, chunk=chunk)
-        if directions < 1:
-            raise ValueError(f"directions: expected at least 1, got {directions}")
-        if not sigma > 0:
-            raise ValueError(f"sigma: expected a positive number, got {sigma}")
+        check_counts(directions=directions)
+        check_positive(sigma=sigma)
         self.directions = directions
         self.sigma = sigma
         self.seed = seed

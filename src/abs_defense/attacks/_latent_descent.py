@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import eagerpy as ep
 import torch
+from foolbox.criteria import Criterion
 from foolbox.distances import l2
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import ContractAttack, T, as_criterion, check_labels, no_more_arguments
+from abs_defense.attacks._base import ContractAttack, check_counts, check_positive
 from abs_defense.attacks._insight import Goal, Insight, active, bisect, per_image
 from abs_defense.inference import Observation
 
@@ -49,21 +48,15 @@ class LatentDescentAttack(ContractAttack):
     ) -> None:
         if not 0 < stepsize <= 1:
             raise ValueError(f"stepsize: expected a number in (0, 1], got {stepsize}")
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        if binary_search_steps < 0:
-            raise ValueError(f"binary_search_steps: expected 0 or more, got {binary_search_steps}")
+        check_counts(steps=steps)
+        check_counts(0, binary_search_steps=binary_search_steps)
+        check_positive(margin=margin)
         self.stepsize = stepsize
         self.steps = steps
         self.binary_search_steps = binary_search_steps
         self.margin = margin
 
-    def run(self, model: Model, inputs: T, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> T:
-        """Perturbed inputs; an image for which none was found comes back as it is."""
-        no_more_arguments(kwargs)
-        x, restore_type = ep.astensor_(inputs)
-        criterion = as_criterion(criterion, x)
-        check_labels(criterion, len(x))
+    def _perturb(self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None) -> ep.Tensor:
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
         goal.check(insight.clean_observation)
@@ -79,7 +72,7 @@ class LatentDescentAttack(ContractAttack):
             found, outer = found[far], outer[far]
         _, outer = bisect(insight, original[found], outer, found, self.binary_search_steps)
         result[found] = outer
-        return restore_type(ep.astensor(result))
+        return ep.astensor(result)
 
     def _walk(self, insight: Insight, goal: Goal, original: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The last image before and the first after the boundary, and whose they are."""

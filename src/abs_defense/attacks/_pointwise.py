@@ -19,11 +19,8 @@ from abs_defense.attacks._base import (
     ContractAttack,
     L0Distance,
     Oracle,
-    T,
-    as_criterion,
     as_starting_points,
-    check_labels,
-    no_more_arguments,
+    check_counts,
     one_image,
 )
 
@@ -43,6 +40,9 @@ class PointwiseAttack(ContractAttack):
     group that cannot be is halved until single values are left. Groups grow while this succeeds. It ends, as the
     paper's attack does, when no single value can be set back (Schott et al. 2018, section 4.3). Needs decisions only,
     on any model and with any criterion of foolbox. Only images that are not finished are queried.
+
+    Called with ``starting_points``, adversarial images of the shape of the inputs, it starts from those; an image whose
+    starting point is not adversarial fails.
 
     With ``norm="l2"`` what is left is then moved towards the original, all values together and one by one, by
     bisection, until a round gains less than 1 %.
@@ -73,9 +73,7 @@ class PointwiseAttack(ContractAttack):
     ) -> None:
         if norm not in ("l0", "l2"):
             raise ValueError(f"norm: expected 'l0' or 'l2', got {norm!r}")
-        for name, value in {"restarts": restarts, "start_draws": start_draws, "max_queries": max_queries}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_counts(restarts=restarts, start_draws=start_draws, max_queries=max_queries)
         self.norm = norm
         self.restarts = restarts
         self.init_attack = init_attack
@@ -89,8 +87,7 @@ class PointwiseAttack(ContractAttack):
 
     def repeat(self, times: int) -> PointwiseAttack:
         """The same attack with ``times`` as many restarts: a repetition with the same seed would find the same."""
-        if times < 1:
-            raise ValueError(f"times: expected at least 1, got {times}")
+        check_counts(times=times)
         return PointwiseAttack(
             norm=self.norm,
             restarts=self.restarts * times,
@@ -100,27 +97,14 @@ class PointwiseAttack(ContractAttack):
             seed=self.seed,
         )
 
-    def run(
+    def _perturb(
         self,
         model: Model,
-        inputs: T,
-        criterion: Any,
-        *,
+        x: ep.Tensor,
+        criterion: Criterion,
+        early_stop: float | None,
         starting_points: Any = None,
-        early_stop: float | None = None,
-        **kwargs: Any,
-    ) -> T:
-        """Perturbed inputs; an image for which none was found comes back as it is.
-
-        Args:
-            model, inputs, criterion, early_stop: as for all of foolbox's minimisation attacks.
-            starting_points: adversarial images of the shape of the inputs. An image whose starting point is not
-                adversarial fails.
-        """
-        no_more_arguments(kwargs)
-        x, restore_type = ep.astensor_(inputs)
-        criterion = as_criterion(criterion, x)
-        check_labels(criterion, len(x))
+    ) -> ep.Tensor:
         starts = self._starting_points(model, criterion, x, starting_points)
         oracle = Oracle(model, criterion, x)
         flat = x.numpy().reshape(len(x), -1)
@@ -145,7 +129,7 @@ class PointwiseAttack(ContractAttack):
                 searches[row].answer(hit)
         for row, run in searches.items():
             result[row] = run.best
-        return restore_type(ep.from_numpy(x, result).reshape(x.shape))
+        return ep.from_numpy(x, result).reshape(x.shape)
 
     def _size(self, change: Image) -> float:
         return float(np.count_nonzero(change)) if self.norm == "l0" else float(np.linalg.norm(change))

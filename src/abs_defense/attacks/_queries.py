@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import eagerpy as ep
 import numpy as np
 import numpy.typing as npt
 from foolbox.models import Model
-from foolbox.types import Bounds
 
-from abs_defense.attacks._base import Rows, queried_rows
+from abs_defense.attacks._base import Rows, WrappedModel, check_counts, queried_rows
 
 T = TypeVar("T")
 
@@ -19,7 +18,7 @@ class QueryLimitExceededError(RuntimeError):
     """An attack asked for more queries or gradients of an image than the ``QueryCounter`` allows."""
 
 
-class QueryCounter(Model):
+class QueryCounter(WrappedModel):
     """A foolbox model that counts the queries and gradients of each image of a batch.
 
     A query is one image passed through the model, a gradient one image in one backward pass from the outputs
@@ -43,21 +42,12 @@ class QueryCounter(Model):
     def __init__(
         self, model: Model, images: int, *, max_queries: float | None = None, max_gradients: float | None = None
     ) -> None:
-        if images < 1:
-            raise ValueError(f"images: expected at least 1, got {images}")
-        self._model = model
+        check_counts(images=images)
+        super().__init__(model)
         self.max_queries = max_queries
         self.max_gradients = max_gradients
         self.queries: npt.NDArray[np.float64] = np.zeros(images)
         self.gradients: npt.NDArray[np.float64] = np.zeros(images)
-
-    @property
-    def bounds(self) -> Bounds:
-        return self._model.bounds
-
-    @property
-    def data_format(self) -> Any:
-        return self._model.data_format  # type: ignore[attr-defined]
 
     def __call__(self, inputs: T) -> T:
         x, restore_type = ep.astensor_(inputs)

@@ -11,6 +11,7 @@ from abs_defense.models._weights import (
     load_card,
     load_weights,
     save_weights,
+    unfold_decoders,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_model",
     "load_weights",
     "save_weights",
+    "unfold_decoders",
 ]

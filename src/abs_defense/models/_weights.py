@@ -115,6 +115,37 @@ def fold_decoders(decoders: Sequence[nn.Module]) -> DecoderStack:
     return _fold([decoder.state_dict() for decoder in decoders])
 
 
+@torch.no_grad()
+def unfold_decoders(decoders: DecoderStack, samples: int = 2000) -> list[Decoder]:
+    """Decoders that can be trained further, the inverse of ``fold_decoders``: each batch norm has the mean and variance
+    of its layer on ``samples`` latents of the prior, and a scale and shift that undo it."""
+    generator = torch.Generator().manual_seed(0)
+    unfolded = []
+    for c in range(decoders.num_classes):
+        with torch.random.fork_rng(devices=[]):
+            decoder = Decoder(decoders.latent_dim).eval()
+        hidden = torch.randn(samples, decoders.latent_dim, 1, 1, generator=generator)
+        for name, layer in decoder.named_children():
+            if isinstance(layer, nn.ConvTranspose2d):
+                index = name.removeprefix("conv_")
+                layer.weight.copy_(decoders.get_parameter(f"weight_{index}")[c])
+                layer.bias.copy_(decoders.get_parameter(f"bias_{index}")[c])  # type: ignore[union-attr]
+            elif isinstance(layer, nn.BatchNorm2d):
+                variance, mean = torch.var_mean(hidden, dim=(0, 2, 3))
+                layer.load_state_dict(
+                    {
+                        "running_mean": mean,
+                        "running_var": variance,
+                        "weight": (variance + layer.eps).sqrt(),
+                        "bias": mean,
+                        "num_batches_tracked": layer.num_batches_tracked,
+                    }
+                )
+            hidden = layer(hidden)
+        unfolded.append(decoder)
+    return unfolded
+
+
 def load_authors_weights(folder: str | Path) -> Weights:
     """The authors' released checkpoints ``ABS_0.net`` .. ``ABS_{C-1}.net``, with the paper's calibration.
 

@@ -13,6 +13,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._versions import versions
@@ -23,10 +24,12 @@ from abs_defense.models import (
     VAE,
     Calibration,
     Weights,
+    bundled_weights,
     fold_decoders,
     load_model,
     load_weights,
     save_weights,
+    unfold_decoders,
 )
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
@@ -56,7 +59,8 @@ def train_abs(
         train: training images; also those of the calibration.
         out: folder; made if missing.
         config: recipe of the VAEs.
-        init: a ``vaes.safetensors`` of an earlier training to start from.
+        init: a ``vaes.safetensors`` of an earlier training to start from, or ``"mnist"`` or a file of ABS weights,
+            which have no encoders: see ``VAETraining.encoder_epochs``.
         test: if given, all models of these weights are tested on all of it and the accuracies go into the card.
         calibration_images: how many training images the calibration looks at.
         device: where to compute.
@@ -74,6 +78,7 @@ def train_abs(
     if test is not None and test.num_classes > train.num_classes:
         raise ValueError(f"the test images have {test.num_classes} classes, the training images {train.num_classes}")
     folder = require_writable_folder(out)
+    init = None if init is None else bundled_weights().get(str(init), Path(init))
     start = None if init is None else load_vaes(init)
     vaes = train_vaes(train, folder, config, init=start, device=device, progress=progress)
     _save_vaes(folder / VAES, vaes, config)
@@ -166,7 +171,8 @@ def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, 
 
 
 def load_vaes(path: str | Path) -> list[VAE]:
-    """The VAEs of a ``vaes.safetensors``, encoders included, in evaluation mode.
+    """The VAEs of a ``vaes.safetensors``, in evaluation mode. A file of ABS weights, which has decoders only, gives
+    VAEs with untrained encoders.
 
     Raises:
         FileNotFoundError: no such file.
@@ -177,17 +183,30 @@ def load_vaes(path: str | Path) -> list[VAE]:
         raise FileNotFoundError(f"no VAEs at {path}: expected the vaes.safetensors of a training")
     try:
         tensors = safetensors.torch.load_file(path)
+        if "weight_0" in tensors:
+            return [_with_new_encoder(decoder) for decoder in unfold_decoders(load_weights(path).decoders)]
         classes = 1 + max(int(name.split(".")[0]) for name in tensors)
         vaes = []
         for c in range(classes):
             own = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{c}.")}
-            with torch.random.fork_rng(devices=[]):
-                vae = VAE(own["decoder.conv_0.weight"].shape[0])
+            vae = _untrained_vae(own["decoder.conv_0.weight"].shape[0])
             vae.load_state_dict(own)
             vaes.append(vae.eval().requires_grad_(False))
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: expected the vaes.safetensors of a training, got {error}") from error
     return vaes
+
+
+def _untrained_vae(latent_dim: int) -> VAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VAE(latent_dim)
+
+
+def _with_new_encoder(decoder: nn.Module) -> VAE:
+    vae = _untrained_vae(decoder.get_parameter("conv_0.weight").shape[0])
+    vae.decoder.load_state_dict(decoder.state_dict())
+    return vae.eval().requires_grad_(False)
 
 
 def _save_vaes(path: Path, vaes: list[VAE], config: VAETraining) -> None:

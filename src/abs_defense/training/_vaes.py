@@ -38,6 +38,9 @@ class VAETraining:
     reimplementation: learning rate 3e-3, batches of 128, light augmentation. Ours: the number of epochs, and the
     cosine decay of the learning rate from ``decay_from`` to the last epoch.
 
+    In the first ``encoder_epochs`` epochs only the encoders learn, for a start from decoders whose encoders are not
+    at hand.
+
     Raises:
         ValueError: a number is out of its range.
     """
@@ -49,6 +52,7 @@ class VAETraining:
     kl_start: float = 10.0
     kl_end: float = 1.0
     kl_epochs: int = 50
+    encoder_epochs: int = 0
     augment: bool = True
     latent_dim: int = 8
     seed: int = 0
@@ -105,6 +109,8 @@ class _ClassTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(epoch)
         self.vae.train()
+        decoder_learns = epoch >= config.encoder_epochs
+        self.vae.decoder.train(decoder_learns).requires_grad_(decoder_learns)
         totals = torch.zeros(2, device=self.device)
         batches = max(1, round(len(images) / config.batch_size))
         for x, n in zip(images.tensor_split(batches), noise.tensor_split(batches), strict=True):
