@@ -1,7 +1,7 @@
 """Latent inference: from images to energies, latents and reconstructions. Knows no labels and no attacks."""
 
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack
-from abs_defense.inference._descent import descend, project_to_ball
+from abs_defense.inference._descent import adam_in_ball, descend, project_to_ball
 from abs_defense.inference._energy import energy, kl_divergence
 from abs_defense.inference._infer import (
     Inference,
@@ -23,6 +23,7 @@ __all__ = [
     "InferenceSettings",
     "Observation",
     "Prototypes",
+    "adam_in_ball",
     "descend",
     "energy",
     "envelope_gradient",

@@ -7,6 +7,8 @@ and knows the decoder's derivative, so that latent descent needs no autograd gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,9 +148,13 @@ class ClassDecoder:
 
     def squared_error_gradient(self, latents: Tensor, images: Tensor) -> Tensor:
         """d/dz ||G(z) - x||^2: ``(N, L), (N, 784) -> (N, L)``."""
+        return self.pullback(latents, lambda decoded: 2.0 * (decoded - images))
+
+    def pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        """d/dz f(G(z)) for the ``gradient`` df/dG, a function of the decoded images: ``(N, L) -> (N, L)``."""
         decoded, (h0, h1, h2) = self._forward(latents)
         n = len(decoded)
-        grad = _sigmoid_backward(2.0 * (decoded - images), decoded)
+        grad = _sigmoid_backward(gradient(decoded), decoded)
         grad = grad.view(n, 14, 2, 14, 2).permute(0, 2, 4, 1, 3).reshape(n, 4, 14, 14)
         grad = F.pad(grad, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
         grad = _elu_backward(F.conv2d(grad, self.w3_adjoint).permute(0, 2, 3, 1), h2)

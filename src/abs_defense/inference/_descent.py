@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,13 +48,24 @@ def descend(
     Returns:
         ``(C, N, L)``.
     """
+
+    def gradient(z: Tensor) -> Tensor:
+        errors = [decoder.squared_error_gradient(part, images) for decoder, part in zip(decoders, z, strict=True)]
+        return (torch.stack(errors) + beta * z) / PIXELS
+
+    return adam_in_ball(gradient, latents, steps=steps, lr=lr, radius=radius)
+
+
+def adam_in_ball(
+    gradient: Callable[[Tensor], Tensor], latents: Tensor, *, steps: int, lr: float, radius: float
+) -> Tensor:
+    """``steps`` updates of Adam on ``(..., L)`` latents, each followed by a projection to the ball."""
     first, second = torch.zeros_like(latents), torch.zeros_like(latents)
     decay_first, decay_second = ADAM_BETAS
     for step in range(1, steps + 1):
-        errors = [decoder.squared_error_gradient(z, images) for decoder, z in zip(decoders, latents, strict=True)]
-        gradient = (torch.stack(errors) + beta * latents) / PIXELS
-        first = decay_first * first + (1.0 - decay_first) * gradient
-        second = decay_second * second + (1.0 - decay_second) * gradient.square()
+        slope = gradient(latents)
+        first = decay_first * first + (1.0 - decay_first) * slope
+        second = decay_second * second + (1.0 - decay_second) * slope.square()
         mean = first / (1.0 - decay_first**step)
         # The floor keeps the derivative of the root finite where a gradient is exactly zero.
         scale = (second / (1.0 - decay_second**step)).clamp_min(1e-36).sqrt() + ADAM_EPSILON
