@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -57,10 +58,7 @@ def evaluate(
     """Accuracy and robustness of the bundled models; by default on the 20 digits that foolbox ships."""
     from abs_defense.benchmark import choose_attacks, format_value, run_evaluation
 
-    names = list(dict.fromkeys(model or MODEL_NAMES))
-    for name in names:
-        if name not in MODEL_NAMES:
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(MODEL_NAMES)}", param_hint="--model")
+    names = _model_names(model, MODEL_NAMES)
     data = _test_images(data_dir, download)
     result = run_evaluation(
         names,
@@ -72,16 +70,8 @@ def evaluate(
         seed=seed,
         command=_command(),
     )
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    table = Table(title=f"{data.name}: the smallest distance over the attacks counts")
-    table.add_column("")
-    for row in result.rows:
-        table.add_column(str(row["model"]), justify="right")
-    for column in columns:
-        if column != "model":
-            table.add_row(column, *(format_value(column, row[column]) if column in row else "" for row in result.rows))
     console = Console()
-    console.print(table)
+    console.print(_models_table(f"{data.name}: the smallest distance over the attacks counts", result.rows))
     if result.attacks:
         details = Table(title="each attack, over the images classified correctly")
         for column in result.attacks[0]:
@@ -95,6 +85,54 @@ def evaluate(
     console.print(f"report: {_escape(str(result.report))}", soft_wrap=True)
     if result.errors:
         raise typer.Exit(1)
+
+
+@app.command()
+def certify(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: prototype-abs."),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option(help="Fetch MNIST's test images (into the user's cache).")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    norm: Annotated[str, typer.Option(help="l2, linf or l0 (pixels).")] = "l2",
+    method: Annotated[str, typer.Option(help="bisector, exact, lipschitz or paper.")] = "bisector",
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with prototypes of so many seeds: an error bar.")] = 1,
+    anchors: Annotated[int, typer.Option(min=1, help="Points of the true class tried, where radii are proved.")] = 20,
+    starts: Annotated[int, typer.Option(min=1, help="Descents a class, where radii are estimated.")] = 4,
+    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    out: Annotated[Path, typer.Option(help="Folder for the results; a stopped run continues there.")] = Path(
+        "abs-defense-certificates"
+    ),
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Certified radii: how far images are from another class, at least; by default of foolbox's 20 digits."""
+    from abs_defense.benchmark import run_certification
+    from abs_defense.certificates import METHODS, NORM_NAMES
+
+    names = _model_names(model, ("prototype-abs",))
+    _require_choice(norm, NORM_NAMES, "--norm")
+    _require_choice(method, METHODS, "--method")
+    data = _test_images(data_dir, download)
+    result = run_certification(
+        names,
+        data if images is None else data.head(images),
+        out,
+        norm=cast(Any, norm),
+        method=cast(Any, method),
+        seeds=seeds,
+        anchors=anchors,
+        starts=starts,
+        weights=weights,
+        device=_device(device),
+        seed=seed,
+        command=_command(),
+    )
+    console = Console()
+    console.print(_models_table(f"{data.name}: certified radii", result.rows))
+    console.print(f"results: {_escape(str(result.folder))}", soft_wrap=True)
 
 
 @train_app.command("abs")
@@ -174,6 +212,32 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="--device") from error
     return device
+
+
+def _model_names(chosen: list[str] | None, default: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(chosen or default))
+    for name in names:
+        _require_choice(name, MODEL_NAMES, "--model")
+    return names
+
+
+def _require_choice(value: str, choices: Sequence[str], option: str) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
+
+
+def _models_table(title: str, rows: Sequence[dict[str, float | str | None]]) -> Table:
+    """A column a model."""
+    from abs_defense.benchmark import format_value
+
+    table = Table(title=title)
+    table.add_column("")
+    for row in rows:
+        table.add_column(str(row["model"]), justify="right")
+    for column in dict.fromkeys(column for row in rows for column in row):
+        if column != "model":
+            table.add_row(column, *(format_value(column, row[column]) if column in row else "" for row in rows))
+    return table
 
 
 def _command() -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from abs_defense._files import replace_atomically
 from abs_defense.benchmark._plan import NORMS
 from abs_defense.benchmark._runner import CLEAN, Result
 from abs_defense.benchmark._table import smallest_distances
+from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 from abs_defense.inference import Inference
 
@@ -96,6 +98,28 @@ def curve_figure(results: Sequence[Result], data: ImageSet) -> Figure | None:
         axis.set_title(f"{NORMS[norm].label} (dotted: the paper's threshold)", fontsize=9)
     panels[0].set_ylabel("accuracy left (%)")
     panels[0].legend(fontsize=8)
+    return figure
+
+
+def certified_figure(radii: Mapping[str, npt.NDArray[np.float64]], norm: Norm, method: str) -> Figure | None:
+    """Certified accuracy against the radius, a line a model; None if there are no images."""
+    from matplotlib.figure import Figure
+
+    if not any(len(values) for values in radii.values()):
+        return None
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    largest = NORMS[norm].threshold
+    for model, values in radii.items():
+        finite = np.sort(values[np.isfinite(values)])
+        left = 1.0 - np.arange(1, len(finite) + 1) / len(values)
+        axis.step(np.r_[0.0, finite], 100 * np.r_[1.0 - float((values == 0).mean()), left], where="post", label=model)
+        largest = max(largest, float(finite.max(initial=0.0)))
+    axis.axvline(NORMS[norm].threshold, color="0.6", linestyle=":", linewidth=1)
+    axis.set(xlabel=f"{NORMS[norm].label} radius", ylabel="certified accuracy (%)", ylim=(0, 102))
+    axis.set_xlim(0, 1.05 * largest)
+    axis.set_title(f"method: {method} (dotted: the paper's threshold)", fontsize=9)
+    axis.legend(fontsize=8)
     return figure
 
 

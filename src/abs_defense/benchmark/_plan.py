@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import foolbox
 from foolbox.attacks.base import MinimizationAttack
@@ -16,8 +16,7 @@ from abs_defense.attacks import (
     LInfBisectorAttack,
     PointwiseAttack,
 )
-
-Norm = Literal["l2", "linf", "l0"]
+from abs_defense.certificates import Norm
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,8 @@ def evaluate(
     results = []
     for name, factory in models.items():
         model = factory().to(device)
-        _check_labels(data.labels, model.num_classes, name)
-        settings = {**asdict(model.settings), "class": type(model).__name__, "gradient": model.gradient}
-        settings |= {"prototypes": len(model.prototype_latents), "prototype_seed": model.seed}
-        settings |= {"weights_sha256": model.weights_sha256()}
+        check_labels(data.labels, model.num_classes, name)
+        settings = model_settings(model)
         for spec in (None, *attacks):
             attack = CLEAN if spec is None else spec.name
             pieces: list[Arrays] = []
@@ -130,7 +128,19 @@ def evaluate(
     return results
 
 
-def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
+def model_settings(model: ABS) -> dict[str, Any]:
+    """What a result of a model depends on."""
+    return {
+        **asdict(model.settings),
+        "class": type(model).__name__,
+        "gradient": model.gradient,
+        "prototypes": len(model.prototype_latents),
+        "prototype_seed": model.seed,
+        "weights_sha256": model.weights_sha256(),
+    }
+
+
+def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
             f"labels: expected classes 0 to {num_classes - 1} of model {name!r}, "

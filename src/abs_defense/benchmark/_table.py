@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from abs_defense._files import replace_atomically
-from abs_defense.benchmark._plan import NORMS, Norm
+from abs_defense.benchmark._plan import NORMS
 from abs_defense.benchmark._runner import CLEAN, Result
+from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 
 
@@ -92,6 +93,8 @@ def format_value(column: str, value: float | str | None) -> str:
         return f"{100 * value:.1f} %" if value < 0.9995 or value == 1.0 else f"{100 * value:.2f} %"
     if column in ("images", "queries per image", "gradients per image", "seconds"):
         return f"{value:.0f}"
+    if "radius" in column:
+        return f"{value:.3f}"
     return "none found" if np.isinf(value) else f"{value:.3g}"
 
 

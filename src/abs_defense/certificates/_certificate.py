@@ -36,6 +36,7 @@ class Certificate:
         proved: the radius holds for the model as it runs, rounding included. Else it is an estimate, because the
             minimum over the latents was searched numerically, as it is in the model's inference.
         method, norm: as asked for.
+        correct: ``(N,)``, whether the model gives the unperturbed image to its class.
         rival: ``(N,)``, the class that limits the radius, for misclassified images the predicted one; -1 for none.
         point, offset: that class's point (p, k) that limits it, ``(N, 1, 28, 28)`` and ``(N,)``; NaN where there is
             none, and for ``"lipschitz"`` and ``"paper"``, which bound all points at once.
@@ -49,6 +50,7 @@ class Certificate:
     proved: bool
     method: Method
     norm: Norm
+    correct: Tensor
     rival: Tensor
     point: Tensor
     offset: Tensor
@@ -113,6 +115,7 @@ def certify(
     with torch.inference_mode(False), torch.no_grad():
         prediction = torch.cat([model(part).argmax(1) for part in x.split(256)]) if len(x) else y
         correct = prediction == y
+        out.correct.copy_(correct)
         out.radius[~correct] = 0.0
         out.rival[~correct] = prediction[~correct]
         if out.adversarial is not None:
@@ -221,6 +224,7 @@ def _empty(x: Tensor, y: Tensor, norm: Norm, method: Method, *, proved: bool) ->
         proved=proved,
         method=method,
         norm=norm,
+        correct=torch.zeros_like(y, dtype=torch.bool),
         rival=torch.full_like(y, -1),
         point=image.clone(),
         offset=number.clone(),

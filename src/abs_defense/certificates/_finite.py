@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -271,7 +272,7 @@ def _product_error(points: PointSet, images: Tensor) -> float:
     """What rounding can change in ``||p||^2 + k - 2 s . p`` for a class's points and any s in [0, 1]."""
     finite = points.offsets[points.offsets.isfinite()]
     largest = float(points.squares.amax())
-    return _terms(images) * (largest + float(finite.amax()) + 2.0 * (images.shape[-1] * largest) ** 0.5)
+    return _terms(images) * (largest + float(finite.amax()) + 2.0 * math.sqrt(images.shape[-1] * largest))
 
 
 def _terms(images: Tensor) -> float:
