@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abs_defense.data import ImageSet, download_mnist, foolbox_digits, load_idx_dataset
-from abs_defense.models import MODEL_NAMES, bundled_weights, load_card
+from abs_defense.models import MODEL_NAMES, bundled_weights, load_card, load_weights, save_weights
 
 app = typer.Typer(help="The Analysis-by-Synthesis classifier: evaluate, train, inspect.", no_args_is_help=True)
 train_app = typer.Typer(help="Train models.", no_args_is_help=True)
@@ -159,9 +160,7 @@ def train_abs_command(
     """One VAE a class by the paper's recipe, then calibration. Continues in --out where it was stopped."""
     from abs_defense.training import VAETraining, train_abs
 
-    if data_dir is None and not download:
-        raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
-    train_set = download_mnist("train") if data_dir is None else load_idx_dataset(data_dir, "train")
+    train_set = _train_images(data_dir, download)
     test_set = None
     if test:
         test_set = download_mnist("test") if data_dir is None else load_idx_dataset(data_dir, "test")
@@ -189,6 +188,28 @@ def train_abs_command(
     Console().print_json(json.dumps(card))
 
 
+@train_app.command("prototypes")
+def train_prototypes_command(
+    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")] = False,
+    out: Annotated[Path, typer.Option(help="File for the weights with their prototypes.")] = Path("abs.safetensors"),
+    count: Annotated[int, typer.Option(min=1, help="Prototypes a class.")] = 4000,
+    samples: Annotated[int, typer.Option(min=1, help="Candidates drawn from the prior.")] = 8000,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Choose the prototypes of prototype-abs from the latents of the training images and samples of the prior."""
+    from abs_defense.training import choose_prototypes
+
+    loaded = load_weights(weights)
+    latents = choose_prototypes(
+        loaded, _train_images(data_dir, download), count, samples=samples, seed=seed, device=_device(device)
+    )
+    save_weights(out, replace(loaded, prototypes=latents))
+    Console().print(f"weights: {_escape(str(out))}", soft_wrap=True)
+
+
 @app.command()
 def models() -> None:
     """The bundled weights and their cards."""
@@ -197,6 +218,12 @@ def models() -> None:
         console.print(f"[bold]{name}[/]")
         console.print_json(json.dumps(load_card(name)))
     console.print(f"models: {', '.join(MODEL_NAMES)}")
+
+
+def _train_images(data_dir: Path | None, download: bool) -> ImageSet:
+    if data_dir is None and not download:
+        raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
+    return download_mnist("train") if data_dir is None else load_idx_dataset(data_dir, "train")
 
 
 def _test_images(data_dir: Path | None, download: bool) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +135,8 @@ def model_settings(model: ABS) -> dict[str, Any]:
         **asdict(model.settings),
         "class": type(model).__name__,
         "gradient": model.gradient,
-        "prototypes": len(model.prototype_latents),
+        "prototypes": model.prototype_latents.shape[-2],
+        "prototypes_sha256": hashlib.sha256(model.prototype_latents.cpu().numpy().tobytes()).hexdigest(),
         "prototype_seed": model.seed,
         "weights_sha256": model.weights_sha256(),
     }

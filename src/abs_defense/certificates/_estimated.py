@@ -142,7 +142,7 @@ class LatentSearch:
                 for points, offsets in zip(self.prototypes.images, self.prototypes.offsets, strict=True)
             ]
         )
-        start = self.prototypes.latents.to(self.dtype)[nearest]  # (C, n, S, L)
+        start = self.prototypes.latents_at(nearest).to(self.dtype)  # (C, n, S, L)
         count = start.shape[2]
         place = torch.arange(len(self.image), device=self.image.device) % self.starts % count
         latents = start[self.rival, self.image, place]
@@ -177,7 +177,7 @@ class LatentSearch:
                 self.prototypes.images[c].to(self.dtype).T,
                 alpha=-2.0,
             )
-            start = self.prototypes.latents.to(self.dtype)[scores.argmin(1)]
+            start = self.prototypes.class_latents[c].to(self.dtype)[scores.argmin(1)]
             z = self._infer(self.decoders[c], images[rows], start)
             points[rows] = self.decoders[c](z).double()
             offsets[rows] = 0.5 * self.settings.beta * z.double().square().sum(1)
@@ -227,13 +227,14 @@ def lowest_energies(model: ABS, images: Tensor, starts: int, beta: float) -> tup
     settings, dtype = model.settings, model._dtype
     decoders, prototypes = model.decoders.class_decoders(), model._prototypes()
     seen = images.to(dtype)
-    kl = 0.5 * prototypes.latents.square().sum(1)
     energies, latents = [], []
-    for decoder, points, offsets in zip(decoders, prototypes.images, prototypes.offsets, strict=True):
-        corrected = offsets + (beta - settings.beta) * kl
+    for decoder, points, offsets, own in zip(
+        decoders, prototypes.images, prototypes.offsets, prototypes.class_latents, strict=True
+    ):
+        corrected = offsets + (beta - settings.beta) * 0.5 * own.square().sum(1)
         scores = torch.addmm(corrected.to(dtype), seen, points.to(dtype).T, alpha=-2.0)
         chosen = scores.topk(min(starts, len(points)), largest=False).indices
-        z = prototypes.latents.to(dtype)[chosen].flatten(0, 1)
+        z = own.to(dtype)[chosen].flatten(0, 1)
         x = seen.repeat_interleave(chosen.shape[1], dim=0)
         z = descend([decoder], x, z[None], steps=settings.steps, lr=settings.lr, radius=settings.radius, beta=beta)[0]
         found = energy(x.double(), decoder(z).double(), z.double(), beta).view(len(seen), -1).min(1)

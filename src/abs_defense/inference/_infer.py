@@ -71,10 +71,10 @@ def infer_latents(
     """Energies ``(N, C)`` and latents ``(N, C, L)`` of images ``(N, 784)``, in bounded memory."""
     classes = len(decoders)
     energies = images.new_empty(len(images), classes)
-    latents = images.new_empty(len(images), classes, prototypes.latents.shape[1])
+    latents = images.new_empty(len(images), classes, prototypes.latents.shape[-1])
     for x, energy_out, latents_out in _chunks(_chunk_size(images), images, energies, latents):
         indices, start_energy = prototypes.nearest(x, settings.beta)
-        z = prototypes.latents.to(images.dtype)[indices]
+        z = prototypes.latents_at(indices).to(images.dtype)
         if settings.steps == 0:
             energy_out.copy_(start_energy.T)
             latents_out.copy_(z.transpose(0, 1))
@@ -120,7 +120,7 @@ def unrolled_gradient(
     """
     gradient = torch.zeros_like(images)
     for x, w, target in _chunks(_CHUNK_UNROLLED, images, grad_energies, gradient):
-        starts = prototypes.latents.to(images.dtype)[prototypes.nearest(x, settings.beta)[0]]
+        starts = prototypes.latents_at(prototypes.nearest(x, settings.beta)[0]).to(images.dtype)
         for decoder, start, w_class in zip(decoders, starts, w.unbind(1), strict=True):
             with torch.enable_grad():
                 live = x.clone().requires_grad_()

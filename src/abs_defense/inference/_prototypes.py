@@ -32,7 +32,7 @@ class Prototypes:
     """Decoded latents of all classes.
 
     Attributes:
-        latents: z, ``(K, L)``, shared by the classes.
+        latents: z, ``(K, L)`` if the classes share them, else ``(C, K, L)``.
         images: G_c(z), ``(C, K, 784)``.
         offsets: ||G_c(z)||^2 + beta KL(z), ``(C, K)``: what the search adds to -2 x . G_c(z).
     """
@@ -43,14 +43,23 @@ class Prototypes:
 
     @classmethod
     def decode(cls, decoders: Sequence[ClassDecoder], latents: Tensor, beta: float) -> Prototypes:
-        """Decode the same ``(K, L)`` latents with every class's decoder."""
-        images = latents.new_empty(len(decoders), len(latents), PIXELS)
-        for decoder, target in zip(decoders, images, strict=True):
-            for start in range(0, len(latents), _DECODE_CHUNK):
+        """Decode ``(K, L)`` latents with every class's decoder, or ``(C, K, L)`` with their own."""
+        images = latents.new_empty(len(decoders), latents.shape[-2], PIXELS)
+        for decoder, z, target in zip(decoders, latents.expand(len(decoders), -1, -1), images, strict=True):
+            for start in range(0, len(z), _DECODE_CHUNK):
                 part = slice(start, start + _DECODE_CHUNK)
-                target[part] = decoder(latents[part])
+                target[part] = decoder(z[part])
         offsets = torch.stack([image.square().sum(-1) for image in images]) + beta * kl_divergence(latents)
         return cls(latents, images, offsets)
+
+    @property
+    def class_latents(self) -> Tensor:
+        """``(C, K, L)``."""
+        return self.latents.expand(len(self.images), -1, -1)
+
+    def latents_at(self, indices: Tensor) -> Tensor:
+        """The latents of prototypes of every class, ``(C, ...) -> (C, ..., L)``."""
+        return torch.stack([z[index] for z, index in zip(self.class_latents, indices, strict=True)])
 
     def nearest(self, images: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """The prototype of lowest energy of each class for each image.
@@ -68,10 +77,10 @@ class Prototypes:
         dtype = torch.promote_types(self.images.dtype, images.dtype)
         exact_images = images.double()
         indices, energies = [], []
-        for points, offsets in zip(self.images, self.offsets, strict=True):
+        for points, offsets, latents in zip(self.images, self.offsets, self.class_latents, strict=True):
             scores = torch.addmm(offsets.to(dtype), images.to(dtype), points.to(dtype).T, alpha=-2.0)
             candidates = scores.topk(min(_CANDIDATES, len(points)), largest=False).indices.sort(dim=1).values
-            exact = energy(exact_images[:, None], points[candidates].double(), self.latents[candidates].double(), beta)
+            exact = energy(exact_images[:, None], points[candidates].double(), latents[candidates].double(), beta)
             best = exact.min(dim=1)
             indices.append(candidates.gather(1, best.indices[:, None])[:, 0])
             energies.append(best.values)

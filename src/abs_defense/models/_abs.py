@@ -47,7 +47,8 @@ class ABS(nn.Module):
     Args:
         weights: ``"mnist"`` (bundled), a ``.safetensors`` file, a folder with the authors' ``ABS_*.net``,
             ``Weights`` in memory, or None for an untrained model of 10 classes.
-        prototypes: number of prior samples decoded per class.
+        prototypes: number of prior samples decoded per class; or the latents themselves, ``(K, L)`` or, for each
+            class its own, ``(C, K, L)``.
         steps: updates of latent descent; 0 classifies by the best prototype alone.
         lr: Adam's step size on z.
         radius: of the ball that z is kept in.
@@ -76,7 +77,7 @@ class ABS(nn.Module):
         self,
         weights: str | Path | Weights | None = "mnist",
         *,
-        prototypes: int = 8000,
+        prototypes: int | Tensor = 8000,
         steps: int = 50,
         lr: float = 0.05,
         radius: float = 5.0,
@@ -85,14 +86,14 @@ class ABS(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_settings(prototypes=prototypes, steps=steps, lr=lr, radius=radius, beta=beta, gradient=gradient)
+        _check_settings(steps=steps, lr=lr, radius=radius, beta=beta, gradient=gradient)
         loaded = weights if isinstance(weights, Weights) else load_weights(weights)
         self.decoders = loaded.decoders
         self.settings = InferenceSettings(steps=steps, lr=lr, radius=radius, beta=beta)
         self.gradient: Gradient = gradient
         self.seed = seed
         self._register_calibration(loaded)
-        latents = sample_latents(prototypes, self.latent_dim, seed)
+        latents = _prototype_latents(prototypes, self.num_classes, self.latent_dim, seed)
         self.register_buffer("prototype_latents", latents, persistent=False)
         for name in ("prototype_images", "prototype_offsets"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -128,7 +129,7 @@ class ABS(nn.Module):
     def extra_repr(self) -> str:
         s = self.settings
         return (
-            f"classes={self.num_classes}, prototypes={len(self.prototype_latents)}, steps={s.steps}, lr={s.lr}, "
+            f"classes={self.num_classes}, prototypes={self.prototype_latents.shape[-2]}, steps={s.steps}, lr={s.lr}, "
             f"radius={s.radius}, beta={s.beta}, gradient={self.gradient!r}, seed={self.seed}"
         )
 
@@ -276,9 +277,28 @@ def _decode_prototypes_again(module: nn.Module, incompatible_keys: object) -> No
     module._decode_prototypes()
 
 
-def _check_settings(*, prototypes: int, steps: int, lr: float, radius: float, beta: float, gradient: str) -> None:
-    if prototypes < 1:
-        raise ValueError(f"prototypes: expected at least 1, got {prototypes}")
+def _prototype_latents(prototypes: int | Tensor, num_classes: int, latent_dim: int, seed: int) -> Tensor:
+    if not isinstance(prototypes, Tensor):
+        if prototypes < 1:
+            raise ValueError(f"prototypes: expected at least 1, got {prototypes}")
+        return sample_latents(prototypes, latent_dim, seed)
+    shape = tuple(prototypes.shape)
+    if (
+        len(shape) not in (2, 3)
+        or shape[-1] != latent_dim
+        or (len(shape) == 3 and shape[0] != num_classes)
+        or not shape[-2]
+    ):
+        raise ValueError(
+            f"prototypes: expected a number or latents of shape (K, {latent_dim}) or ({num_classes}, K, {latent_dim}), "
+            f"got {shape}"
+        )
+    if not prototypes.is_floating_point() or not bool(prototypes.isfinite().all()):
+        raise ValueError(f"prototypes: expected finite floating point latents, got {prototypes.dtype}")
+    return prototypes.detach().to("cpu", torch.float32, copy=True)
+
+
+def _check_settings(*, steps: int, lr: float, radius: float, beta: float, gradient: str) -> None:
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")
     for name, value in {"lr": lr, "radius": radius}.items():

@@ -24,6 +24,7 @@ from abs_defense.models._vae import Decoder
 
 FORMAT = "abs-defense/decoders/1"
 _LAYERS = range(4)
+_PROTOTYPES = "prototypes"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,17 @@ PAPER_CALIBRATION = Calibration(
 
 @dataclass(frozen=True)
 class Weights:
-    """All that inference needs: the decoders and their calibration."""
+    """All that inference needs.
+
+    Attributes:
+        decoders: of all classes.
+        calibration: found after training.
+        prototypes: latents chosen for the prototype classifier, ``(C, K, L)``; None if there are none.
+    """
 
     decoders: DecoderStack
     calibration: Calibration
+    prototypes: Tensor | None = None
 
 
 def bundled_weights() -> dict[str, Path]:
@@ -95,8 +103,11 @@ def load_weights(source: str | Path | None) -> Weights:
 
 
 def save_weights(path: str | Path, weights: Weights) -> None:
-    """Write a ``.safetensors`` file that ``load_weights`` reads; it appears whole or not at all."""
+    """Write a ``.safetensors`` file that ``load_weights`` reads; it appears whole or not at all. Prototypes are rounded
+    to half precision."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.decoders.state_dict().items()}
+    if weights.prototypes is not None:
+        tensors[_PROTOTYPES] = weights.prototypes.to(torch.float16).contiguous()
     metadata = {"format": FORMAT, "calibration": json.dumps(asdict(weights.calibration))}
     with replace_atomically(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
@@ -234,9 +245,19 @@ def _load_file(path: Path) -> Weights:
     try:
         stack = DecoderStack([tensors[f"weight_{i}"] for i in _LAYERS], [tensors[f"bias_{i}"] for i in _LAYERS])
         calibration = _parse_calibration(metadata.get("calibration", ""), stack.num_classes)
+        prototypes = _parse_prototypes(tensors.get(_PROTOTYPES), stack)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Weights(stack, calibration)
+    return Weights(stack, calibration, prototypes)
+
+
+def _parse_prototypes(latents: Tensor | None, stack: DecoderStack) -> Tensor | None:
+    if latents is None:
+        return None
+    shape = tuple(latents.shape)
+    if len(shape) != 3 or (shape[0], shape[2]) != (stack.num_classes, stack.latent_dim) or not shape[1]:
+        raise ValueError(f"expected prototypes of shape ({stack.num_classes}, K, {stack.latent_dim}), got {shape}")
+    return latents.float()
 
 
 def _parse_calibration(text: str, num_classes: int) -> Calibration:

@@ -1,6 +1,7 @@
 """Training of the VAEs, and calibration on training data."""
 
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
+from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._run import load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
 
@@ -9,6 +10,7 @@ __all__ = [
     "calibrate",
     "calibrate_confidence",
     "calibrate_gamma",
+    "choose_prototypes",
     "class_energies",
     "load_vaes",
     "train_abs",
