@@ -222,7 +222,9 @@ def test_output_path_that_is_a_file(toy, tmp_path):
 def test_whole_training_of_three_classes(toy, toy_folder, tmp_path, monkeypatch):
     test_set = load_idx_dataset(toy_folder, "test")
     config = VAETraining(epochs=30, batch_size=16, kl_epochs=10, decay_from=20, augment=False, checkpoint_every=10)
-    card = train_abs(toy, tmp_path, config, test=test_set, calibration_images=48, command="c", progress=False)
+    card = train_abs(
+        toy, tmp_path, config, test=test_set, calibration_images=48, prototypes=20, command="c", progress=False
+    )
     assert card == json.loads((tmp_path / "abs.json").read_text())
     weights = load_weights(tmp_path / "abs.safetensors")
     assert weights.decoders.num_classes == 3
@@ -239,7 +241,12 @@ def test_whole_training_of_three_classes(toy, toy_folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr("abs_defense.training._run.calibrate", never)
     monkeypatch.setattr("abs_defense.training._run._test_figures", never)
-    assert train_abs(toy, tmp_path, config, test=test_set, calibration_images=48, command="c", progress=False) == card
+    assert (
+        train_abs(
+            toy, tmp_path, config, test=test_set, calibration_images=48, prototypes=20, command="c", progress=False
+        )
+        == card
+    )
 
 
 def test_test_set_with_more_classes_is_refused(toy, tmp_path):

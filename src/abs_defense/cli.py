@@ -153,6 +153,7 @@ def train_abs_command(
     augment: Annotated[bool, typer.Option(help="Light zoom, shear, skew, elastic distortion.")] = True,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Epochs between checkpoints.")] = 2,
     calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
+    prototypes: Annotated[int, typer.Option(min=0, help="Prototypes a class to choose for prototype-abs.")] = 4000,
     test: Annotated[bool, typer.Option(help="Measure the accuracy on all test images at the end.")] = True,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -182,6 +183,7 @@ def train_abs_command(
         init=init,
         test=test_set,
         calibration_images=calibration_images,
+        prototypes=prototypes,
         device=_device(device),
         command=_command(),
     )

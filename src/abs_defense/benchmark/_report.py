@@ -40,7 +40,7 @@ Robust at a threshold: the smallest adversarial found is farther away.</p>
 {% for error in errors %}<p class="error">{{ error }}</p>{% endfor %}
 <h2>What is not guaranteed</h2>
 <p>These are upper bounds on the robustness, found by {{ attacks or "no attack" }}. A stronger attack may find smaller
-perturbations. Nothing here is certified.</p>
+perturbations. Lower bounds come from <code>abs-defense certify</code>.</p>
 {% if attack_rows %}<h2>Attacks</h2>
 <p>Over the images that the model classifies correctly. A query is one image passed through the model, a gradient one
 image in one backward pass.</p>

@@ -6,14 +6,14 @@ import contextlib
 import datetime
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._versions import versions
@@ -33,11 +33,13 @@ from abs_defense.models import (
 )
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
+from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 WEIGHTS = "abs.safetensors"
 VAES = "vaes.safetensors"
 CARD = "abs.json"
+PROTOTYPES = "prototypes.safetensors"
 
 
 def train_abs(
@@ -48,12 +50,13 @@ def train_abs(
     init: str | Path | None = None,
     test: ImageSet | None = None,
     calibration_images: int = 10_000,
+    prototypes: int = 4000,
     device: str | torch.device = "cpu",
     command: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train ABS and write ``abs.safetensors`` (decoders and calibration), ``vaes.safetensors`` (with the encoders)
-    and the card ``abs.json``. Every stage that is finished is kept; a later call continues after it.
+    """Train ABS and write ``abs.safetensors`` (decoders, calibration, prototypes), ``vaes.safetensors`` (with the
+    encoders) and the card ``abs.json``. Every stage that is finished is kept; a later call continues after it.
 
     Args:
         train: training images; also those of the calibration.
@@ -63,6 +66,8 @@ def train_abs(
             which have no encoders: see ``VAETraining.encoder_epochs``.
         test: if given, all models of these weights are tested on all of it and the accuracies go into the card.
         calibration_images: how many training images the calibration looks at.
+        prototypes: how many to choose for each class of the prototype classifier, see ``choose_prototypes``; 0 for
+            none.
         device: where to compute.
         command: the command line, for the card.
         progress: show progress bars.
@@ -71,7 +76,8 @@ def train_abs(
         The card.
 
     Raises:
-        ValueError: see ``train_vaes`` and ``calibrate``; also if ``test`` has other classes than ``train``.
+        ValueError: see ``train_vaes``, ``calibrate`` and ``choose_prototypes``; also if ``test`` has other classes
+            than ``train``.
         OSError: the folder cannot be written.
     """
     config = config or VAETraining()
@@ -91,6 +97,11 @@ def train_abs(
     }
     calibration = _calibration(folder, identity, decoders, train, calibration_images, config.seed, device, progress)
     weights = Weights(decoders, calibration)
+    if prototypes:
+        identity = {**identity, "prototypes": prototypes}
+        weights = replace(
+            weights, prototypes=_prototypes(folder, identity, weights, train, prototypes, device, progress)
+        )
     _save_once(folder / WEIGHTS, weights)
     figures = None
     if test is not None:
@@ -103,6 +114,7 @@ def train_abs(
         "recipe": asdict(config),
         "init_sha256": identity["init"],
         "calibration_images": calibration_images,
+        "prototypes": prototypes,
         "calibration": {**asdict(calibration), "gamma": list(calibration.gamma)},
         "seed": config.seed,
         "command": command,
@@ -123,8 +135,13 @@ def _save_once(path: Path, weights: Weights) -> None:
     if path.exists():
         with contextlib.suppress(ValueError):
             saved = load_weights(path)
-            pairs = zip(saved.decoders.parameters(), weights.decoders.parameters(), strict=True)
-            if saved.calibration == weights.calibration and all(torch.equal(a, b) for a, b in pairs):
+            pairs: list[tuple[Tensor, Tensor]] = [
+                *zip(saved.decoders.parameters(), weights.decoders.parameters(), strict=True)
+            ]
+            if saved.prototypes is not None and weights.prototypes is not None:
+                pairs.append((saved.prototypes, weights.prototypes))
+            same_kind = (saved.prototypes is None) == (weights.prototypes is None)
+            if same_kind and saved.calibration == weights.calibration and all(a.equal(b) for a, b in pairs):
                 return
     save_weights(path, weights)
 
@@ -145,6 +162,29 @@ def _calibration(
 
     raw = _stage(folder / "calibration.json", identity, compute)
     return Calibration(raw["alpha"], raw["eta"], tuple(raw["gamma"]))
+
+
+def _prototypes(
+    folder: Path,
+    identity: dict[str, Any],
+    weights: Weights,
+    data: ImageSet,
+    count: int,
+    device: str | torch.device,
+    progress: bool,
+) -> Tensor:
+    path = folder / PROTOTYPES
+    expected = {"identity": json.dumps(identity, sort_keys=True)}
+    if path.exists():
+        with safetensors.safe_open(path, framework="pt") as file:
+            if file.metadata() == expected:
+                saved: Tensor = file.get_tensor("prototypes")
+                return saved.float()
+    seed = identity["recipe"]["seed"]
+    latents = choose_prototypes(weights, data, count, seed=seed, device=device, progress=progress)
+    with replace_atomically(path) as temporary:
+        safetensors.torch.save_file({"prototypes": latents.half()}, temporary, expected)
+    return latents
 
 
 def _stage(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
