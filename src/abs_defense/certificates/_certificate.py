@@ -17,6 +17,7 @@ from abs_defense.certificates._points import PointSet
 from abs_defense.certificates._reach import NORM_NAMES, Norm, Scene
 from abs_defense.inference import IMAGE_SHAPE
 from abs_defense.models import ABS
+from abs_defense.models._abs import full_precision
 from abs_defense.models._images import check_images
 
 Method = Literal["bisector", "lipschitz", "paper", "exact"]
@@ -109,10 +110,10 @@ def certify(
     """
     _check(model, x, y, norm, method, anchors, starts)
     device = model.prototype_latents.device
-    x, y = x.detach().to(device), y.detach().to(device).long()
     finite = model.settings.steps == 0
-    out = _empty(x, y, norm, method, proved=finite)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device):
+        x, y = x.detach().to(device).clone(), y.detach().to(device, torch.long).clone()
+        out = _empty(x, y, norm, method, proved=finite)
         prediction = torch.cat([model(part).argmax(1) for part in x.split(256)]) if len(x) else y
         correct = prediction == y
         out.correct.copy_(correct)
@@ -120,8 +121,7 @@ def certify(
         out.rival[~correct] = prediction[~correct]
         if out.adversarial is not None:
             out.adversarial[~correct] = x[~correct].double()
-        flat = x.flatten(1).clamp(0.0, 1.0).to(model._dtype).double()
-        scene = Scene(flat, norm, model._threshold)
+        scene = Scene(x.flatten(1).clamp(0.0, 1.0).double(), norm, model._threshold)
         points = PointSet.of(model) if finite else None
         with tqdm(total=len(x), desc=f"certify, {method}, {norm}", unit="img", disable=not progress) as bar:
             bar.update(int((~correct).sum()))

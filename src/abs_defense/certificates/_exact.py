@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 _OVERSHOOT = 1e-4
 _TOLERANCE = 1e-7
 _VIOLATED = 4
+_RESTARTS = 6
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,20 @@ def solve_quadratic_program(ways: Array, lacking: Array, image: Array, start: Ar
         short = lacking - ways @ change
         return -float(change @ change + 2.0 * u @ short), -2.0 * short
 
-    solution = scipy.optimize.minimize(
-        negative_dual,
-        start / scale,
-        jac=True,
-        bounds=[(0.0, None)] * len(lacking),
-        method="L-BFGS-B",
-        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 4000},
-    )
-    value = max(0.0, -float(solution.fun))
+    u, value = start / scale, -np.inf
+    for _ in range(_RESTARTS):
+        solution = scipy.optimize.minimize(
+            negative_dual,
+            u,
+            jac=True,
+            bounds=[(0.0, None)] * len(lacking),
+            method="L-BFGS-B",
+            options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 4000},
+        )
+        u, before, value = solution.x, value, -float(solution.fun)
+        # It sometimes stalls on the kinks of the dual; a fresh start there goes on.
+        if value - before <= 1e-9 * max(1.0, value):
+            break
     if value > image.size:
-        return np.inf, solution.x * scale, np.zeros_like(image)
-    return float(np.sqrt(value)), solution.x * scale, np.clip(solution.x @ ways, lower, upper)
+        return np.inf, u * scale, np.zeros_like(image)
+    return float(np.sqrt(max(0.0, value))), u * scale, np.clip(u @ ways, lower, upper)

@@ -14,6 +14,7 @@ from abs_defense.certificates._reach import PointBatch, Scene
 _FIRST_SHORTLIST = 64
 _FIRST_CHUNK = 8
 _LARGEST_CHUNK = 512
+_TINY = 1e-150
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ class FiniteSearch:
         lacking = (energies - own.energies[:, None] - self.slack - gamma * error).clamp_min(0.0)
         if self.scene.threshold is not None:
             return self._cheap_bounds_of_flips(lacking, own, others, gamma)
-        distances = _squared_distances(own.images.to(dtype), others).sqrt()
+        distances = _squared_distances(own.images.to(dtype), others).sqrt().clamp_min(_TINY)
         if self.scene.norm == "l0":
             return _count(0.5 * lacking, distances, 1.0)
         if self.scene.norm == "linf":
             brighter, darker = self.scene.images < 1.0, self.scene.images > 0.0
             useful = 0.5 * self._sums_of_gains(own, others, 1.0, brighter.double(), darker.double())
-            distances = torch.minimum(useful, self.scene.images.shape[1] ** 0.5 * distances)
+            distances = torch.minimum(useful.clamp_min(_TINY), self.scene.images.shape[1] ** 0.5 * distances)
         return 0.5 * lacking / distances
 
     def _cheap_bounds_of_flips(self, lacking: Tensor, own: PointBatch, others: Tensor, gamma: float) -> Tensor:
@@ -217,7 +218,7 @@ class FiniteSearch:
                 attackers.gamma[:, None] * (1.0 - 2.0 * attackers.images),
                 anchors.gamma[:, None] * (1.0 - 2.0 * anchors.images),
             )
-        return (lacking / ways.clamp_min(1e-300)).argmax(1)
+        return (lacking / ways.clamp_min(_TINY)).argmax(1)
 
     def bisector(self, row: int) -> Binding:
         """The least radius over all points of other classes."""
@@ -244,7 +245,7 @@ class FiniteSearch:
                     row, candidates, slice(best, best + 1), anchors, every=True
                 )
                 final.add(best)
-        if not len(radii):
+        if not len(radii) or float(radii[best]) == torch.inf:
             return Binding(torch.inf, -1, -1, -1)
         return Binding(
             float(radii[best]),
@@ -257,7 +258,7 @@ class FiniteSearch:
 def _count(lacking: Tensor, length: Tensor, highest: float) -> Tensor:
     """A number of gains that do not add up to ``lacking``, if none is above ``highest`` and the root of the sum of
     their squares is at most ``length``."""
-    least = torch.maximum((lacking / length).square(), lacking / highest)
+    least = torch.maximum((lacking / length.clamp_min(_TINY)).square(), lacking / highest)
     return (least * (1.0 - 1e-9)).ceil().clamp_min(1.0) - 1.0
 
 

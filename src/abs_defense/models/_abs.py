@@ -169,7 +169,7 @@ class ABS(nn.Module):
             TypeError, ValueError: as ``forward``.
         """
         check_images(images)
-        with torch.inference_mode(False), torch.no_grad(), _full_precision(images.device):
+        with torch.inference_mode(False), torch.no_grad(), full_precision(images.device):
             flat = self._flatten(images)
             decoders = self.decoders.class_decoders()
             return self._inference(*infer_latents(decoders, self._prototypes(), flat, self.settings))
@@ -239,7 +239,7 @@ class _Energies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, model: ABS) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad(), _full_precision(images.device):
+        with torch.inference_mode(False), torch.no_grad(), full_precision(images.device):
             flat = model._flatten(images)
             decoders = model.decoders.class_decoders()
             energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings)
@@ -254,7 +254,7 @@ class _Energies(torch.autograd.Function):
     def backward(ctx: Any, grad_energies: Tensor) -> tuple[Tensor, None]:
         images, latents = ctx.saved_tensors
         model: ABS = ctx.model
-        with _full_precision(images.device):
+        with full_precision(images.device):
             if model.gradient == "unrolled" and model.settings.steps:
                 gradient = unrolled_gradient(ctx.decoders, model._prototypes(), images, grad_energies, model.settings)
             else:
@@ -263,7 +263,7 @@ class _Energies(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 inside; what the caller had set is put back."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
