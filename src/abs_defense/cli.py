@@ -25,6 +25,9 @@ app.add_typer(train_app, name="train")
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the four IDX files of MNIST or a relative (gzip or raw).")
 ]
+Download = Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")]
+FirstImages = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
+WeightsSource = Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
@@ -44,12 +47,12 @@ def evaluate(
         list[str] | None, typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: all.")
     ] = None,
     data_dir: DataDir = None,
-    download: Annotated[bool, typer.Option(help="Fetch MNIST's test images (into the user's cache).")] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    download: Download = False,
+    images: FirstImages = None,
     attacks: Annotated[bool, typer.Option(help="Run the attacks, or measure the clean accuracy only.")] = True,
     preset: Annotated[str, typer.Option(help="Which attacks: quick (foolbox's) or full (with ours).")] = "quick",
     attack: Annotated[list[str] | None, typer.Option(help="An attack of the presets by name; may be repeated.")] = None,
-    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    weights: WeightsSource = "mnist",
     out: Annotated[Path, typer.Option(help="Folder for the report; a stopped run continues there.")] = Path(
         "abs-defense-report"
     ),
@@ -95,14 +98,14 @@ def certify(
         typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: prototype-abs."),
     ] = None,
     data_dir: DataDir = None,
-    download: Annotated[bool, typer.Option(help="Fetch MNIST's test images (into the user's cache).")] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    download: Download = False,
+    images: FirstImages = None,
     norm: Annotated[str, typer.Option(help="l2, linf or l0 (pixels).")] = "l2",
     method: Annotated[str, typer.Option(help="bisector, exact, lipschitz or paper.")] = "bisector",
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with prototypes of so many seeds: an error bar.")] = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Points of the true class tried, where radii are proved.")] = 20,
     starts: Annotated[int, typer.Option(min=1, help="Descents a class, where radii are estimated.")] = 4,
-    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    weights: WeightsSource = "mnist",
     out: Annotated[Path, typer.Option(help="Folder for the results; a stopped run continues there.")] = Path(
         "abs-defense-certificates"
     ),
@@ -140,7 +143,7 @@ def certify(
 def train_abs_command(
     data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, losses and weights.")] = Path("abs-training"),
-    download: Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")] = False,
+    download: Download = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Adam's, before its decay.")] = 3e-3,
@@ -192,9 +195,9 @@ def train_abs_command(
 
 @train_app.command("prototypes")
 def train_prototypes_command(
-    weights: Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")] = "mnist",
+    weights: WeightsSource = "mnist",
     data_dir: DataDir = None,
-    download: Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")] = False,
+    download: Download = False,
     out: Annotated[Path, typer.Option(help="File for the weights with their prototypes.")] = Path("abs.safetensors"),
     count: Annotated[int, typer.Option(min=1, help="Prototypes a class.")] = 4000,
     samples: Annotated[int, typer.Option(min=1, help="Candidates drawn from the prior.")] = 8000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,14 +157,7 @@ class LatentSearch:
         return latents
 
     def _infer(self, decoder: ClassDecoder, images: Tensor, latents: Tensor) -> Tensor:
-        target = images.to(self.dtype)
-
-        def gradient(z: Tensor) -> Tensor:
-            return decoder.squared_error_gradient(z, target) + self.settings.beta * z
-
-        return adam_in_ball(
-            gradient, latents, steps=self.settings.steps, lr=self.settings.lr, radius=self.settings.radius
-        )
+        return _descend([decoder], images.to(self.dtype), latents[None], self.settings, self.settings.beta)[0]
 
     def _explain(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The point of lowest energy of one class for each image ``(n, D)``: images ``(n, D)``, offsets ``(n,)``."""
@@ -236,8 +230,14 @@ def lowest_energies(model: ABS, images: Tensor, starts: int, beta: float) -> tup
         chosen = scores.topk(min(starts, len(points)), largest=False).indices
         z = own.to(dtype)[chosen].flatten(0, 1)
         x = seen.repeat_interleave(chosen.shape[1], dim=0)
-        z = descend([decoder], x, z[None], steps=settings.steps, lr=settings.lr, radius=settings.radius, beta=beta)[0]
+        z = _descend([decoder], x, z[None], settings, beta)[0]
         found = energy(x.double(), decoder(z).double(), z.double(), beta).view(len(seen), -1).min(1)
         energies.append(found.values)
         latents.append(z.view(*chosen.shape, -1)[torch.arange(len(seen), device=z.device), found.indices])
     return torch.stack(energies, 1), torch.stack(latents, 1)
+
+
+def _descend(
+    decoders: Sequence[ClassDecoder], images: Tensor, latents: Tensor, settings: InferenceSettings, beta: float
+) -> Tensor:
+    return descend(decoders, images, latents, steps=settings.steps, lr=settings.lr, radius=settings.radius, beta=beta)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abs_defense.data import ImageSet
-from abs_defense.inference import ClassDecoder, adam_in_ball, kl_divergence, sample_latents
+from abs_defense.inference import ClassDecoder, descend, kl_divergence, sample_latents
 from abs_defense.models import Weights
 
 _BETA, _LR, _RADIUS = 1.0, 0.05, 5.0
@@ -74,16 +74,11 @@ def _explain(decoder: ClassDecoder, images: Tensor, prior: Tensor, steps: int) -
     """What inference finds for the images of one class, ``(N, D) -> (N, L)``."""
     start = prior[_energies(decoder, images, prior).argmin(0)]
 
-    def descend(x: Tensor, z: Tensor) -> Tensor:
-        return adam_in_ball(
-            lambda latents: decoder.squared_error_gradient(latents, x) + _BETA * latents,
-            z,
-            steps=steps,
-            lr=_LR,
-            radius=_RADIUS,
-        )
-
-    return torch.cat([descend(x, z) for x, z in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)])
+    parts = [
+        descend([decoder], x, z[None], steps=steps, lr=_LR, radius=_RADIUS, beta=_BETA)[0]
+        for x, z in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _energies(decoder: ClassDecoder, images: Tensor, latents: Tensor) -> Tensor:
