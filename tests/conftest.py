@@ -16,6 +16,11 @@ from abs_defense.models import Calibration, Weights
 
 KERNELS = (4, 5, 5, 4)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread a worker; several on the same cores slow each other down many times over.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # The same examples in each run, and no time limit: the machine may be busy.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

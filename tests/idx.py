@@ -22,14 +22,14 @@ def write_split(folder, images, labels, *, prefix="train", compress=True):
 
 
 def write_toy_set(folder, *, per_class=24, classes=3, seed=0):
-    """Blurry bars, one place a class, both splits."""
+    """Bars, one place or width a class (up to 12), both splits."""
     rng = np.random.default_rng(seed)
     for prefix, count in (("train", per_class), ("t10k", max(4, per_class // 4))):
         labels = np.repeat(np.arange(classes), count)
         images = np.zeros((len(labels), 28, 28))
         for image, label in zip(images, labels, strict=True):
-            top = 4 + 7 * label + rng.integers(0, 3)
-            image[top : top + 4, 5:23] = 200 + rng.integers(0, 55)
+            top = 4 + 7 * (label % 3) + rng.integers(0, 3)
+            image[top : top + 4, 5 : 23 - 5 * (label // 3)] = 200 + rng.integers(0, 55)
         order = rng.permutation(len(labels))
         write_split(folder, images[order], labels[order], prefix=prefix)
     return folder

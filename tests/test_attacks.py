@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from abs_defense import ABS, BinaryABS
 from abs_defense.attacks import (
     DistalAttack,
+    EpsilonSearchAttack,
     FiniteDifferenceModel,
     L0BisectorAttack,
     L0Distance,
@@ -27,6 +28,7 @@ from abs_defense.attacks import (
     QueryCounter,
     QueryLimitExceededError,
     RandomDirectionModel,
+    StartedAttack,
     register,
 )
 from abs_defense.inference import listen, publish
@@ -38,10 +40,16 @@ ABS_ATTACKS = {
     "l0-bisector": L0BisectorAttack(steps=5, rivals=1, points=3, binary_search_steps=0),
 }
 POINTWISE = {f"pointwise-{norm}": PointwiseAttack(norm=norm, max_queries=15) for norm in ("l0", "l2")}
-ATTACKS = ABS_ATTACKS | POINTWISE
+EPSILON_SEARCH = {
+    "epsilon-search": EpsilonSearchAttack(
+        fb.attacks.L2BasicIterativeAttack(steps=5), (0.5, 1, 2, 4, 8, 16), binary_search_steps=4
+    )
+}
+ATTACKS = ABS_ATTACKS | POINTWISE | EPSILON_SEARCH
 ABS_MODELS = ("abs", "binary", "prototype")
 CELLS = [(attack, model) for attack in ABS_ATTACKS for model in ABS_MODELS]
 CELLS += [(attack, model) for attack in POINTWISE for model in ("linear", "cnn", *ABS_MODELS)]
+CELLS += [(attack, model) for attack in EPSILON_SEARCH for model in ("cnn", "prototype")]
 
 
 class Linear(nn.Module):
@@ -216,7 +224,7 @@ def test_results_depend_neither_on_order_nor_on_batch(cell):
 
 @pytest.fixture(params=ATTACKS)
 def case(request, cells):
-    return cells(request.param, "prototype" if request.param in ABS_ATTACKS else "linear")
+    return cells(request.param, "linear" if request.param in POINTWISE else "prototype")
 
 
 @pytest.mark.parametrize("rows", [[2, 1, 0], [1]], ids=["flipped", "alone"])
@@ -538,7 +546,7 @@ def test_finished_images_are_not_queried_again(modules, images, attack, name):
     assert success.all()
     assert counter.queries.sum() == pytest.approx(sum(passed))
     # As it is, at the end, and two constant images shared by three.
-    assert counter.queries[0] == pytest.approx(2 if attack in POINTWISE else 2 + 2 / 3)
+    assert counter.queries[0] == pytest.approx(2 + 2 / 3 if attack in ABS_ATTACKS else 2)
     assert (counter.queries[1:] > counter.queries[0] + 4).all()
 
 
@@ -1231,3 +1239,76 @@ def test_queries_of_an_estimator_inside_a_distal_attack_are_counted_for_their_im
     estimated = RandomDirectionModel(counter, directions=4)
     DistalAttack(confidence=0.3, steps=3)(estimated, images, epsilons=None)
     assert counter.queries[0] < counter.queries[1]
+
+
+# Attacks that run other attacks
+
+
+def test_epsilon_search_ends_at_the_boundary(models, images):
+    model = models["cnn"]
+    attack = EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), (0.05, 0.2, 0.8, 3.2, 12.8))
+    raw, _, success = attack(model, images, classify(model, images), epsilons=None)
+    assert success.all()
+    first = halfway(attack, model, images, raw)
+    assert (lengths(attack, images, raw) <= 1.01 * lengths(attack, images, first)).all()
+
+
+def halfway(attack, model, images, raw):
+    """The first adversarial on the line to the found one, by a fine scan."""
+    labels, result = classify(model, images), raw.clone()
+    for fraction in np.linspace(1.0, 0.0, 400):
+        along = torch.lerp(images, raw, float(fraction))
+        still = classify(model, along) != labels
+        result[still] = along[still]
+    return result
+
+
+def test_epsilon_search_asks_only_about_unfinished_images(models, images):
+    counter = QueryCounter(models["cnn"], 3)
+    labels = classify(models["cnn"], images)
+    labels[1] = (labels[1] + 1) % 10
+    attack = EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), (0.01, 12.8), binary_search_steps=3)
+    raw, _, success = attack(counter, images, labels, epsilons=None)
+    assert success.all()
+    assert torch.equal(raw[1], images[1])
+    assert counter.queries[1] < counter.queries[0]
+
+
+def test_transfer_needs_no_gradient_of_the_model(models, images):
+    counter = QueryCounter(models["abs"], 3)
+    labels = classify(models["abs"], images)
+    crafted_on = EpsilonSearchAttack(
+        fb.attacks.L2BasicIterativeAttack(steps=5), (2.0, 4.0, 8.0), surrogate=models["prototype"]
+    )
+    raw, _, success = crafted_on(counter, images, labels, epsilons=None)
+    assert (counter.gradients == 0).all()
+    assert success.any()
+    assert torch.equal(success, classify(models["abs"], raw) != labels)
+
+
+@pytest.mark.parametrize("epsilons", [(), (1.0, 0.0), (-1.0,)])
+def test_epsilons_to_search_must_be_positive(epsilons):
+    with pytest.raises(ValueError, match="epsilons: expected positive numbers"):
+        EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), epsilons)
+
+
+@pytest.mark.touches_random_state
+@pytest.mark.parametrize(
+    "attack", [fb.attacks.BoundaryAttack(steps=30), fb.attacks.HopSkipJumpAttack(steps=2)], ids=repr
+)
+def test_one_image_without_a_start_fails_alone(models, images, attack):
+    class Others(fb.attacks.DDNAttack):
+        """The next image of the batch, which is of another class; none for the second."""
+
+        def run(self, model, inputs, criterion, **kwargs):
+            return torch.stack([inputs.raw[1], inputs.raw[1], inputs.raw[0]])
+
+    model = models["prototype"]
+    labels = classify(model, images)
+    assert len(labels.unique()) == 3
+    raw, _, success = StartedAttack(attack, Others())(model, images, labels, epsilons=None)
+    assert success.tolist() == [True, False, True]
+    assert torch.equal(success, classify(model, raw) != labels)
+    assert torch.equal(raw[1], images[1])
+    distances = lengths(attack, images, raw)
+    assert distances[0] < lengths(attack, images[:1], images[1:2])[0]

@@ -29,6 +29,10 @@ def small_weights(tmp_path_factory):
     return path
 
 
+def _small_model(name, weights, seed):
+    return ABS(seed=seed, **SMALL)
+
+
 def _rows(folder):
     with (folder / "radii.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -66,7 +70,7 @@ def test_a_stopped_run_continues(digits, small_weights, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return certify(*args, **kwargs)
 
-    monkeypatch.setattr(job, "certify", stopped)
+    monkeypatch.setattr("abs_defense.benchmark._measure.certify", stopped)
     settings = {"weights": small_weights, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         run_certification(["prototype-abs"], digits, tmp_path, **settings)
@@ -79,9 +83,7 @@ def test_a_stopped_run_continues(digits, small_weights, tmp_path, monkeypatch):
 
 
 def test_seeds_give_an_error_bar(digits, tmp_path, monkeypatch):
-    import abs_defense.benchmark._certify as job
-
-    monkeypatch.setattr(job, "load_model", lambda name, weights, seed: ABS(weights, seed=seed, **SMALL))
+    monkeypatch.setattr("abs_defense.benchmark._suite.load_model", _small_model)
     result = run_certification(["abs"], digits, tmp_path, seeds=3, progress=False)
     radii = result.radii["abs"]
     assert radii.shape == (3, 20)

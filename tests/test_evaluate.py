@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import foolbox as fb
 import numpy as np
@@ -13,24 +14,39 @@ import torch
 
 from abs_defense import ABS
 from abs_defense.benchmark import (
-    FIRST_ATTACKS,
-    FULL_ATTACKS,
+    CLEAN,
+    DISTAL,
     NORMS,
     PRESETS,
+    PUBLISHED,
     AttackSpec,
+    CertificateSpec,
+    DistalSpec,
+    ModelSpec,
     Result,
     attack_rows,
-    choose_attacks,
+    choose_measurements,
     evaluate,
     format_value,
+    load_additions,
+    load_curves,
+    make_plan,
+    model_rows,
+    our_model,
+    robustness_rows,
     run_evaluation,
+    run_plan,
     smallest_distances,
-    table_rows,
 )
+from abs_defense.benchmark._report import findings
 from abs_defense.data import ImageSet
 from abs_defense.models import load_weights, save_weights
 
-FAST = tuple(AttackSpec(a.name, a.norm, a.factory, {"steps": 4}, queries=6) for a in FIRST_ATTACKS)
+FAST = (
+    AttackSpec("ddn", "l2", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.DDNAttack),
+    AttackSpec("linf-fmn", "linf", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.LInfFMNAttack),
+    AttackSpec("l0-fmn", "l0", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.L0FMNAttack),
+)
 
 
 class Unlucky(fb.attacks.DDNAttack):
@@ -38,8 +54,23 @@ class Unlucky(fb.attacks.DDNAttack):
         raise RuntimeError("no luck today")
 
 
+class Linear(torch.nn.Module):
+    """Somebody else's model."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(784, 10, generator=generator) / 28)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight
+
+
 def _tiny():
     return ABS(weights=None, prototypes=32, steps=0)
+
+
+TINY = ModelSpec("tiny", _tiny, kind="prototype-abs")
 
 
 @pytest.fixture
@@ -53,7 +84,7 @@ def _load(path):
 
 
 def test_results_are_true(four, tmp_path):
-    results = evaluate({"tiny": _tiny}, FAST, four, tmp_path, progress=False)
+    results = evaluate([TINY], (CLEAN, *FAST), four, tmp_path, progress=False)
     assert [(r.attack, r.norm) for r in results] == [
         ("clean", None),
         ("ddn", "l2"),
@@ -78,20 +109,20 @@ def test_results_are_true(four, tmp_path):
 
 
 def test_finished_pieces_are_not_computed_again(four, tmp_path, monkeypatch):
-    first = evaluate({"tiny": _tiny}, FAST, four, tmp_path, progress=False)
+    first = evaluate([TINY], (CLEAN, *FAST), four, tmp_path, progress=False)
     stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pieces").iterdir()}
     monkeypatch.setattr(fb.attacks.DDNAttack, "run", Unlucky.run)
-    second = evaluate({"tiny": _tiny}, FAST, four, tmp_path, progress=False)
+    second = evaluate([TINY], (CLEAN, *FAST), four, tmp_path, progress=False)
     assert stamps == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pieces").iterdir()}
     for a, b in zip(first, second, strict=True):
-        assert b.error is None
+        assert b.errors == ()
         for name in a.arrays:
             np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
 
 
 @pytest.mark.parametrize("change", ["seed", "images", "settings", "weights"])
 def test_other_settings_are_other_pieces(four, tmp_path, change):
-    evaluate({"tiny": _tiny}, FAST[:1], four, tmp_path, progress=False)
+    evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
     count = len(list((tmp_path / "pieces").iterdir()))
     model, attacks, data, seed = _tiny, FAST[:1], four, 0
     if change == "seed":
@@ -99,7 +130,7 @@ def test_other_settings_are_other_pieces(four, tmp_path, change):
     elif change == "images":
         data = ImageSet(four.images.flip(0), four.labels.flip(0), four.name)
     elif change == "settings":
-        attacks = (AttackSpec("ddn", "l2", fb.attacks.DDNAttack, {"steps": 5}),)
+        attacks = (AttackSpec("ddn", "l2", {"steps": 5}, factory=fb.attacks.DDNAttack),)
     else:
 
         def model():
@@ -109,53 +140,95 @@ def test_other_settings_are_other_pieces(four, tmp_path, change):
             changed.load_state_dict(state)
             return changed
 
-    evaluate({"tiny": model}, attacks, data, tmp_path, seed=seed, progress=False)
+    evaluate([ModelSpec("tiny", model)], (CLEAN, *attacks), data, tmp_path, seed=seed, progress=False)
     added = len(list((tmp_path / "pieces").iterdir())) - count
     assert added == (1 if change == "settings" else 2)
 
 
 def test_damaged_piece_is_computed_again(four, tmp_path):
-    first = evaluate({"tiny": _tiny}, FAST[:1], four, tmp_path, progress=False)
+    first = evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
     for path in (tmp_path / "pieces").iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    second = evaluate({"tiny": _tiny}, FAST[:1], four, tmp_path, progress=False)
+    second = evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
     np.testing.assert_array_equal(first[1].arrays["distances"], second[1].arrays["distances"])
 
 
 def test_results_do_not_depend_on_what_ran_before(four, tmp_path):
-    both = evaluate({"tiny": _tiny}, FAST[:2], four, tmp_path / "both", progress=False)
-    alone = evaluate({"tiny": _tiny}, FAST[1:2], four, tmp_path / "alone", progress=False)
+    both = evaluate([TINY], (CLEAN, *FAST[:2]), four, tmp_path / "both", progress=False)
+    alone = evaluate([TINY], (CLEAN, *FAST[1:2]), four, tmp_path / "alone", progress=False)
     np.testing.assert_array_equal(both[2].arrays["distances"], alone[1].arrays["distances"])
 
 
 def test_a_failing_attack_does_not_stop_the_rest(four, tmp_path):
-    attacks = (AttackSpec("unlucky", "l2", Unlucky, {}), *FAST[1:2])
-    results = evaluate({"tiny": _tiny}, attacks, four, tmp_path, progress=False)
-    assert "no luck today" in results[1].error
-    assert results[2].error is None
-    row = table_rows(results, four)[0]
-    assert row["L2 median"] is None
-    assert format_value("L2 median", row["L2 median"]) == "failed"
-    assert row["L∞ median"] is not None
+    attacks = (AttackSpec("unlucky", "l2", factory=Unlucky), *FAST[1:2])
+    results = evaluate([TINY], (CLEAN, *attacks), four, tmp_path, progress=False)
+    assert "RuntimeError: no luck today" in results[1].errors[0]
+    assert "tiny: unlucky, images 0 to 3" in results[1].errors[0]
+    assert results[2].errors == ()
+    first, second = robustness_rows(results, four, {})
+    assert first["median distance"] is None
+    assert format_value("median distance", first["median distance"]) == "failed"
+    assert second["median distance"] is not None
+
+
+def test_an_attack_that_fails_on_some_pieces_counts_on_the_others(four, tmp_path):
+    class UnluckyOnce(fb.attacks.DDNAttack):
+        def run(self, model, inputs, criterion, **kwargs):
+            if len(inputs) == 1:
+                raise KeyError("not this one")
+            return super().run(model, inputs, criterion, **kwargs)
+
+    attacks = (AttackSpec("once", "l2", factory=lambda: UnluckyOnce(steps=4), piece=3), CLEAN)
+    results = evaluate([TINY], attacks, four, tmp_path, progress=False)
+    once = results[1] if results[0].attack == "clean" else results[0]
+    assert len(once.errors) == 1
+    assert "KeyError" in once.errors[0]
+    assert once.arrays["distances"].shape == (4,)
+    assert np.isinf(once.arrays["distances"][3])
+    np.testing.assert_array_equal(once.arrays["adversarials"][3], four.images[3].numpy())
+
+
+def test_a_full_disk_loses_nothing(four, tmp_path, monkeypatch):
+    from abs_defense.benchmark._store import Store
+
+    save = Store.save
+
+    def full(self, key, arrays):
+        if key.attack == "linf-fmn":
+            raise OSError(28, "No space left on device")
+        save(self, key, arrays)
+
+    monkeypatch.setattr(Store, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate([TINY], (CLEAN, *FAST), four, tmp_path, progress=False)
+    monkeypatch.undo()
+    plan = make_plan([TINY], (CLEAN, *FAST), four, tmp_path)
+    assert [p.measurement.name for p in plan.missing()] == ["linf-fmn", "l0-fmn"]
+    resumed = run_plan(plan, progress=False)
+    whole = evaluate([TINY], (CLEAN, *FAST), four, tmp_path / "whole", progress=False)
+    for a, b in zip(resumed, whole, strict=True):
+        for name in a.arrays:
+            np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
 
 
 def test_several_shards_equal_one(digits, tmp_path, monkeypatch):
-    whole = evaluate({"tiny": _tiny}, FAST[:1], digits.head(7), tmp_path / "whole", progress=False)
-    monkeypatch.setattr("abs_defense.benchmark._runner.SHARD", 3)
-    parts = evaluate({"tiny": _tiny}, FAST[:1], digits.head(7), tmp_path / "parts", progress=False)
+    whole = evaluate([TINY], (CLEAN, *FAST[:1]), digits.head(7), tmp_path / "whole", progress=False)
+    small = replace(FAST[0], piece=3)
+    parts = evaluate([TINY], (CLEAN, small), digits.head(7), tmp_path / "parts", progress=False)
+    assert len(list((tmp_path / "parts" / "pieces").glob("tiny-ddn-*"))) == 3
     np.testing.assert_allclose(whole[1].arrays["distances"], parts[1].arrays["distances"], rtol=1e-3)
     assert len(parts[1].arrays["adversarials"]) == 7
 
 
 def test_labels_out_of_range(four, tmp_path):
     with pytest.raises(ValueError, match="expected classes 0 to 9 of model 'tiny', got values from 10 to 13"):
-        evaluate({"tiny": _tiny}, (), ImageSet(four.images, torch.arange(10, 14), "x"), tmp_path, progress=False)
+        evaluate([TINY], (CLEAN,), ImageSet(four.images, torch.arange(10, 14), "x"), tmp_path, progress=False)
 
 
 def test_output_that_cannot_be_written(four, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(OSError, match="cannot write to the output folder"):
-        evaluate({"tiny": _tiny}, (), four, tmp_path / "out", progress=False)
+        evaluate([TINY], (CLEAN,), four, tmp_path / "out", progress=False)
 
 
 def test_strongest_attack_counts_per_image(four):
@@ -182,13 +255,20 @@ def test_strongest_attack_counts_per_image(four):
     )
     results = [clean, attack("a", [1.0, 2.0, np.inf, 0.0]), attack("b", [3.0, 1.5, np.inf, 0.0])]
     np.testing.assert_array_equal(smallest_distances(results, "m", "l2"), [1.0, 1.5, np.inf, 0.0])
-    row = table_rows(results, four)[0]
-    assert row["clean accuracy"] == 0.75
-    assert row["L2 median"] == 1.25
-    assert row["L2 accuracy at 1.5"] == 0.25
-    assert row["median confidence"] == pytest.approx(0.75)
-    assert row["queries per image"] == 15
+    row = robustness_rows(results, four, {"m": "abs"})[0]
+    assert row["median distance"] == 1.25
+    assert row["accuracy at threshold"] == 0.25
+    assert row["strongest attack"] == "a"
+    assert row["queries per image"] == 14
     assert row["gradients per image"] == 3
+    assert row["published median"] == 2.24
+    assert row["published accuracy"] == 0.80
+    model = model_rows(results, four, {"m": "abs"})[0]
+    assert model["clean accuracy"] == 0.75
+    assert model["median confidence"] == pytest.approx(0.75)
+    assert model["published accuracy"] == 0.990
+    assert findings([row]) == ["m, L2: 25 % left at 1.5, where the paper reports 80 %."]
+    assert findings([{**row, "accuracy at threshold": 0.9}]) == []
     first, second = attack_rows(results)
     assert first["attack"] == "a"
     assert second["median distance"] == 3.0
@@ -196,20 +276,131 @@ def test_strongest_attack_counts_per_image(four):
     assert first["gradients per image"] == 1.5
 
 
-def test_attacks_of_presets_and_by_name():
-    assert choose_attacks("quick") == FIRST_ATTACKS
-    assert [a.name for a in choose_attacks("quick", ["l2-bisector", "ddn", "ddn"])] == ["l2-bisector", "ddn"]
-    with pytest.raises(ValueError, match="expected one of quick, full, got 'slow'"):
-        choose_attacks("slow")
-    with pytest.raises(ValueError, match="got 'magic'"):
-        choose_attacks("quick", ["magic"])
+def test_certificates_stand_beside_attacks(digits, tmp_path):
+    model = ModelSpec("few", _few, kind="prototype-abs")
+    chosen = (CLEAN, FAST[0], CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)))
+    results = evaluate([model], chosen, digits, tmp_path, progress=False)
+    row = robustness_rows(results, digits, {})[0]
+    attacked, radii = results[1].arrays["distances"], results[2].arrays["radius"]
+    assert row["certificate"] == "proved"
+    assert row["mean certified radius"] == pytest.approx(radii.mean())
+    assert row["certified accuracy at threshold"] == (radii > 1.5).mean()
+    assert row["certified accuracy at threshold"] <= row["accuracy at threshold"]
+    assert (radii <= attacked + 1e-6).all()
+    refused = evaluate([ModelSpec("linear", Linear)], (CertificateSpec("c", "l2"),), digits, tmp_path, progress=False)
+    assert "certificates are for ABS models, not for Linear" in refused[1].errors[0]
 
 
-def test_every_attack_of_the_presets_can_be_made():
-    names = [attack.name for attacks in PRESETS.values() for attack in attacks]
+def _few():
+    return ABS(prototypes=200, steps=0)
+
+
+def test_somebody_elses_model(four, tmp_path):
+    distal = DistalSpec("distal", settings={"steps": 40}, images=3)
+    model = ModelSpec("linear", Linear)
+    results = evaluate([model], (CLEAN, *FAST, distal), four, tmp_path, progress=False)
+    assert [r.errors for r in results] == [()] * 5
+    np.testing.assert_array_equal(results[0].arrays["predictions"], Linear()(four.images).argmax(1))
+    found = results[-1].arrays
+    assert len(found["fooled"]) == 3
+    confidences = Linear()(torch.from_numpy(found["adversarials"])).softmax(1).amax(1).detach().numpy()
+    np.testing.assert_allclose(found["confidences"], confidences, rtol=1e-4)
+    np.testing.assert_array_equal(found["fooled"], confidences >= 0.9)
+    assert model_rows(results, four, {})[0]["fooled by noise"] == f"{found['fooled'].sum()} of 3"
+
+
+def test_estimated_gradients_cost_queries_only(four, tmp_path):
+    attack = replace(FAST[0], settings={"steps": 1}, gradient="estimated")
+    result = evaluate([ModelSpec("linear", Linear)], (attack,), four, tmp_path, progress=False)[-1]
+    assert result.errors == ()
+    assert (result.arrays["gradients"] == 0).all()
+    assert (result.arrays["queries"] > 784).all()
+
+
+def test_presets_and_names():
+    assert choose_measurements("quick") == list(PRESETS["quick"])
+    assert [m.name for m in choose_measurements("quick", ["ddn", "boundary", "ddn"])] == ["clean", "ddn", "boundary"]
+    assert choose_measurements("quick", ["ddn"])[1].settings == {"steps": 30}
+    assert choose_measurements("full", ["ddn"])[1].settings == {"steps": 100}
+    left = choose_measurements("full", skip=["boundary", "distal"])
+    assert {m.name for m in PRESETS["full"]} - {m.name for m in left} == {"boundary", "distal"}
+    with pytest.raises(ValueError, match="expected one of quick, paper, full, got 'slow'"):
+        choose_measurements("slow")
+    for names in ({"names": ["magic"]}, {"skip": ["magic"]}):
+        with pytest.raises(ValueError, match="got 'magic'"):
+            choose_measurements("quick", **names)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_sound(preset):
+    names = [m.name for m in PRESETS[preset]]
     assert len(names) == len(set(names))
-    for attack in FULL_ATTACKS:
-        assert isinstance(attack.make(), fb.attacks.base.MinimizationAttack)
+    assert CLEAN in PRESETS[preset]
+    assert DISTAL in PRESETS[preset]
+    for measurement in PRESETS[preset]:
+        assert all(kind in {*PUBLISHED, "prototype-abs", "other"} for kind in measurement.models)
+        if isinstance(measurement, AttackSpec) and measurement.surrogate is None:
+            attack = measurement.make()
+            assert isinstance(attack, fb.attacks.base.MinimizationAttack)
+            assert attack.distance.__class__ is NORMS[measurement.norm].distance.__class__ or measurement.norm == "l0"
+
+
+def test_own_models_and_attacks_from_a_file(tmp_path, digits):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+        [[models]]
+        name = "mine"
+        factory = "test_evaluate:Linear"
+
+        [[attacks]]
+        name = "pgd"
+        norm = "linf"
+        factory = "foolbox.attacks:LinfPGD"
+        settings = { steps = 5 }
+        epsilons = [0.1, 0.5]
+        queries = 12
+        gradients = 10
+        """
+    )
+    models, attacks = load_additions(path)
+    results = evaluate(models, choose_measurements("quick", ["pgd"], added=attacks), digits.head(3), tmp_path)
+    assert [(r.model, r.attack, r.errors) for r in results] == [("mine", "clean", ()), ("mine", "pgd", ())]
+    assert (results[1].arrays["distances"] <= 0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[models", "mine.toml: "),
+        ("[[modles]]\nname = 'x'", "expected .* got modles"),
+        ("[[models]]\nname = 'x'\nfactory = 'nothing:here'", "expected 'package.module:attribute', got 'nothing:here'"),
+        ("[[models]]\nname = 'x'\nfactory = 'torch:nn.Linearr'", "got 'torch:nn.Linearr'"),
+        ("[[models]]\nname = 'x'\nfactory = 'torch'\ncolour = 1", "x: .*colour"),
+        ("[[attacks]]\nname = 'a'\nnorm = 'l3'\nfactory = 'torch:nn'", "attack 'a': norm: expected l2, linf or l0"),
+        ("[[attacks]]\nname = 'a'\nnorm = 'l2'\nfactory = 'torch:nn'\nsurrogate = 'x'", "no model 'x' to craft on"),
+    ],
+)
+def test_wrong_additions_are_refused(tmp_path, text, message):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_additions(tmp_path / "mine.toml")
+
+
+def test_names_must_differ(four, tmp_path):
+    with pytest.raises(ValueError, match="models: expected different names, got tiny, tiny"):
+        make_plan([TINY, TINY], (CLEAN,), four, tmp_path)
+
+
+def test_published_curves(tmp_path, shared_data):
+    curves = load_curves(shared_data / "schott2018" / "published_curves.json")
+    assert len(curves) == 18
+    for (kind, norm), (distance, accuracy) in curves.items():
+        published = PUBLISHED[kind][norm]
+        assert np.interp(-0.5, -np.array(accuracy), distance) == pytest.approx(published.median, abs=0.6, rel=0.06)
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected the published curves"):
+        load_curves(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
@@ -218,9 +409,10 @@ def test_every_attack_of_the_presets_can_be_made():
         ("clean accuracy", 0.9903, "99.0 %"),
         ("clean accuracy", 1.0, "100.0 %"),
         ("clean accuracy", 0.9999, "99.99 %"),
-        ("L2 median", 2.2417, "2.24"),
-        ("L2 median", float("inf"), "none found"),
-        ("L2 median", None, "failed"),
+        ("median distance", 2.2417, "2.24"),
+        ("median distance", float("inf"), "none found"),
+        ("median distance", None, "failed"),
+        ("mean certified radius", 1.8834, "1.883"),
         ("model", "abs", "abs"),
         ("images", 20, "20"),
     ],
@@ -237,28 +429,39 @@ def weights_file(tmp_path_factory):
 
 
 def test_report_is_complete(four, tmp_path, weights_file):
-    result = run_evaluation(
-        ["prototype-abs"], FAST, four, tmp_path, weights=weights_file, command="the command", progress=False
-    )
+    model = our_model("prototype-abs", weights=weights_file)
+    chosen = (CLEAN, *FAST, replace(DISTAL, settings={"steps": 3}))
+    result = run_evaluation([model], chosen, four, tmp_path, command="the command", progress=False)
     assert result.errors == []
     html = result.report.read_text()
-    for expected in ("prototype-abs", "L∞ accuracy at 0.3", "the command", "weights_sha256", "What is not guaranteed"):
+    for expected in ("prototype-abs", "accuracy at threshold", "the command", "weights_sha256", "not guaranteed"):
         assert expected in html
-    assert html.count("data:image/png;base64,") == 3
-    assert "http" not in html.replace("http-equiv", "")
-    for name in ("curves.png", "adversarials.png", "reconstructions-prototype-abs.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "table.csv").open() as file:
+    pictures = {
+        "curves", "adversarials-prototype-abs", "distal", "reconstructions-prototype-abs"
+    }  # fmt: skip
+    assert pictures <= {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert html.count("data:image/png;base64,") == len(list((tmp_path / "figures").glob("*.png")))
+    assert "http" not in html
+    for path in (tmp_path / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    with (tmp_path / "robustness.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert float(rows[0]["L2 median"]) == result.rows[0]["L2 median"]
+    assert float(rows[0]["median distance"]) == result.robustness[0]["median distance"]
+    assert "prototype-abs" in (tmp_path / "robustness.txt").read_text()
+    latex = (tmp_path / "robustness.tex").read_text()
+    assert r"\toprule" in latex
+    assert "∞" not in latex
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["measurements"]["ddn"]["steps"] == 4
 
 
 def test_pieces_say_what_they_are(four, tmp_path):
-    evaluate({"tiny": _tiny}, FAST[:1], four, tmp_path, seed=3, progress=False)
+    evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, seed=3, progress=False)
     piece = next((tmp_path / "pieces").glob("tiny-ddn-*.npz"))
     manifest = json.loads(str(_load(piece)["manifest"]))
     assert manifest["seed"] == 3
-    assert manifest["attack_settings"] == {"steps": 4}
+    assert manifest["attack_settings"]["steps"] == 4
     assert manifest["images_sha256"] == four.sha256()
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["model_settings"]["steps"] == 0
@@ -286,6 +489,16 @@ def test_command_line_evaluates_clean(tmp_path, weights_file):
     assert "prototype-abs: clean" in result.stderr
 
 
+def test_dry_run_prints_the_plan_only(tmp_path, weights_file):
+    args = ["evaluate", "--model", "prototype-abs", "--weights", weights_file, "--images", 3, "--preset", "full"]
+    result = _run(*args, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for expected in ("l2-bim-estimated", "0 of 1", "queries per image", "in all"):
+        assert expected in result.stdout
+    assert not list((tmp_path / "abs-defense-report" / "pieces").iterdir())
+    assert not (tmp_path / "abs-defense-report" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -311,7 +524,7 @@ def test_train_needs_data(tmp_path):
 
 
 def test_killed_evaluation_resumes_to_the_same_table(tmp_path, weights_file):
-    args = ["evaluate", "--weights", weights_file, "--images", 2, "--model", "prototype-abs"]
+    args = ["evaluate", "--weights", weights_file, "--images", 2, "--model", "prototype-abs", "--skip", "distal"]
     command = [sys.executable, "-c", "from abs_defense.cli import main; main()", *map(str, args), "--out", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     pieces = tmp_path / "killed" / "pieces"
@@ -328,7 +541,7 @@ def test_killed_evaluation_resumes_to_the_same_table(tmp_path, weights_file):
     assert _run(*args, "--out", "whole", cwd=tmp_path).returncode == 0
 
     def table(name):
-        with (tmp_path / name / "table.csv").open() as file:
+        with (tmp_path / name / "robustness.csv").open() as file:
             return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
     assert table("killed") == table("whole")

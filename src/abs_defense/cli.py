@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shlex
 import sys
@@ -16,7 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from abs_defense.data import ImageSet, download_mnist, foolbox_digits, load_idx_dataset
-from abs_defense.models import MODEL_NAMES, bundled_weights, load_card, load_weights, save_weights
+from abs_defense.models import (
+    ABS_NAMES,
+    BASELINE_NAMES,
+    MODEL_NAMES,
+    NEAREST_NEIGHBOR,
+    bundled_baselines,
+    bundled_weights,
+    load_card,
+    load_weights,
+    save_weights,
+)
 
 app = typer.Typer(help="The Analysis-by-Synthesis classifier: evaluate, train, inspect.", no_args_is_help=True)
 train_app = typer.Typer(help="Train models.", no_args_is_help=True)
@@ -28,6 +39,8 @@ DataDir = Annotated[
 Download = Annotated[bool, typer.Option(help="Fetch MNIST (into the user's cache).")]
 FirstImages = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
 WeightsSource = Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")]
+Test = Annotated[bool, typer.Option(help="Measure the accuracy on all test images at the end.")]
+BaselineOut = Annotated[Path | None, typer.Option(help="Folder for checkpoint and weights; default NAME-training.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
@@ -36,7 +49,7 @@ def main() -> None:
     """Run the command line; expected errors are one line, not a traceback."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
 
@@ -44,48 +57,80 @@ def main() -> None:
 @app.command()
 def evaluate(
     model: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: all.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: all bundled.")
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     images: FirstImages = None,
-    attacks: Annotated[bool, typer.Option(help="Run the attacks, or measure the clean accuracy only.")] = True,
-    preset: Annotated[str, typer.Option(help="Which attacks: quick (foolbox's) or full (with ours).")] = "quick",
-    attack: Annotated[list[str] | None, typer.Option(help="An attack of the presets by name; may be repeated.")] = None,
-    weights: WeightsSource = "mnist",
+    attacks: Annotated[bool, typer.Option(help="Run the suite, or measure the clean accuracy only.")] = True,
+    preset: Annotated[str, typer.Option(help="quick, paper, or full (the paper's and today's attacks).")] = "quick",
+    attack: Annotated[list[str] | None, typer.Option(help="Only this one of the suite; may be repeated.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Not this one of the suite; may be repeated.")] = None,
+    add: Annotated[
+        Path | None, typer.Option(help="TOML file with [[models]] and [[attacks]] of your own; see docs/evaluation.md.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
+    ] = None,
+    nearest_neighbor_data: Annotated[
+        Path | None, typer.Option(help="Folder of IDX files: nearest-neighbor stores all its training images.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report; a stopped run continues there.")] = Path(
         "abs-defense-report"
     ),
+    curves: Annotated[Path | None, typer.Option(help="JSON file with the published curves, drawn behind ours.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its estimated cost.")] = False,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or 'local' to start one here.")] = None,
+    cpus_per_piece: Annotated[int, typer.Option(min=1, help="Cores for a piece of work, with --ray.")] = 1,
+    gpus_per_piece: Annotated[float, typer.Option(min=0.0, help="GPUs (or a fraction) for a piece, with --ray.")] = 0.0,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Accuracy and robustness of the bundled models; by default on the 20 digits that foolbox ships."""
-    from abs_defense.benchmark import choose_attacks, format_value, run_evaluation
+    """Accuracy and robustness of all models; by default on the 20 digits that foolbox ships."""
+    from abs_defense.benchmark import (
+        CLEAN,
+        choose_measurements,
+        load_additions,
+        load_curves,
+        make_plan,
+        our_model,
+        ray_executor,
+        run_evaluation,
+    )
 
-    names = _model_names(model, MODEL_NAMES)
+    added_models, added_attacks = load_additions(add) if add is not None else ([], [])
+    if model is None and added_models:
+        names = []
+    else:
+        names = _model_names(model, (*ABS_NAMES, *(n for n in BASELINE_NAMES if n in bundled_baselines())))
+    models = [our_model(name, weights=weights, seed=seed) for name in names]
+    if nearest_neighbor_data is not None:
+        stored = {"name": NEAREST_NEIGHBOR, "weights": str(nearest_neighbor_data)}
+        models = [replace(m, settings=stored) if m.kind == NEAREST_NEIGHBOR else m for m in models]
+    models += added_models
+    chosen = choose_measurements(preset, attack or (), skip=skip or (), added=added_attacks) if attacks else (CLEAN,)
     data = _test_images(data_dir, download)
+    data = data if images is None else data.head(images)
+    if dry_run:
+        _print_plan(make_plan(models, chosen, data, out, device=_device(device), seed=seed))
+        return
     result = run_evaluation(
-        names,
-        choose_attacks(preset, attack or ()) if attacks else (),
-        data if images is None else data.head(images),
+        models,
+        chosen,
+        data,
         out,
-        weights=weights,
         device=_device(device),
         seed=seed,
+        executor=None if ray is None else ray_executor(ray, cpus=cpus_per_piece, gpus=gpus_per_piece),
+        curves=None if curves is None else load_curves(curves),
         command=_command(),
     )
     console = Console()
-    console.print(_models_table(f"{data.name}: the smallest distance over the attacks counts", result.rows))
-    if result.attacks:
-        details = Table(title="each attack, over the images classified correctly")
-        for column in result.attacks[0]:
-            is_name = column in ("model", "attack", "norm")
-            details.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
-        for row in result.attacks:
-            details.add_row(*(format_value(column, value) for column, value in row.items()))
-        console.print(details)
+    _print_rows(console, f"{data.name}: models", result.models)
+    _print_rows(console, "the strongest attack for each image counts", result.robustness)
+    _print_rows(console, "each attack, over the images classified correctly", result.attacks)
     for error in result.errors:
-        console.print(f"[red]{_escape(error)}[/]")
+        console.print(f"[red]failed: {_escape(error)}[/]")
     console.print(f"report: {_escape(str(result.report))}", soft_wrap=True)
     if result.errors:
         raise typer.Exit(1)
@@ -95,7 +140,7 @@ def evaluate(
 def certify(
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(MODEL_NAMES)}; may be repeated. Default: prototype-abs."),
+        typer.Option(help=f"One of {', '.join(ABS_NAMES)}; may be repeated. Default: prototype-abs."),
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -116,7 +161,7 @@ def certify(
     from abs_defense.benchmark import run_certification
     from abs_defense.certificates import METHODS, NORM_NAMES
 
-    names = _model_names(model, ("prototype-abs",))
+    names = _model_names(model, ("prototype-abs",), ABS_NAMES)
     _require_choice(norm, NORM_NAMES, "--norm")
     _require_choice(method, METHODS, "--method")
     data = _test_images(data_dir, download)
@@ -157,7 +202,7 @@ def train_abs_command(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Epochs between checkpoints.")] = 2,
     calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
     prototypes: Annotated[int, typer.Option(min=0, help="Prototypes a class to choose for prototype-abs.")] = 4000,
-    test: Annotated[bool, typer.Option(help="Measure the accuracy on all test images at the end.")] = True,
+    test: Test = True,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
@@ -165,9 +210,7 @@ def train_abs_command(
     from abs_defense.training import VAETraining, train_abs
 
     train_set = _train_images(data_dir, download)
-    test_set = None
-    if test:
-        test_set = download_mnist("test") if data_dir is None else load_idx_dataset(data_dir, "test")
+    test_set = _all_test_images(data_dir) if test else None
     config = VAETraining(
         epochs=epochs,
         batch_size=batch_size,
@@ -215,11 +258,72 @@ def train_prototypes_command(
     Console().print(f"weights: {_escape(str(out))}", soft_wrap=True)
 
 
+def _add_network_command(name: str, description: str) -> None:
+    def command(
+        data_dir: DataDir = None,
+        out: BaselineOut = None,
+        download: Download = False,
+        epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+        batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+        learning_rate: Annotated[float | None, typer.Option(help="Adam's, the highest of its cycle.")] = None,
+        test: Test = True,
+        device: Device = "cpu",
+        seed: Seed = 0,
+    ) -> None:
+        from abs_defense.training import RECIPES
+
+        given: dict[str, Any] = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        recipe = replace(RECIPES[name], **{key: value for key, value in given.items() if value is not None})
+        _train_baseline(name, data_dir, download, out, device, test, recipe=recipe)
+
+    train_app.command(name, help=f"{description} Continues in --out where it was stopped.")(command)
+
+
+_add_network_command("cnn", "The paper's CNN.")
+_add_network_command("binary-cnn", "The paper's CNN on binarised images.")
+_add_network_command("madry", "Madry et al.: L-infinity adversarial training at 0.3.")
+
+
+@train_app.command("nearest-neighbor")
+def train_nearest_neighbor_command(
+    data_dir: DataDir = None,
+    out: BaselineOut = None,
+    download: Download = False,
+    count: Annotated[int, typer.Option(min=1, help="Centroids a class.")] = 300,
+    test: Test = True,
+    device: Device = "cpu",
+) -> None:
+    """Nearest neighbour on k-means centroids of the training images."""
+    _train_baseline("nearest-neighbor", data_dir, download, out, device, test, count=count)
+
+
+def _train_baseline(
+    name: str, data_dir: Path | None, download: bool, out: Path | None, device: str, test: bool, **settings: Any
+) -> None:
+    from abs_defense.training import train_baseline
+
+    card = train_baseline(
+        name,
+        _train_images(data_dir, download),
+        out or Path(f"{name}-training"),
+        test=_all_test_images(data_dir) if test else None,
+        device=_device(device),
+        command=_command(),
+        **settings,
+    )
+    Console().print_json(json.dumps(card))
+
+
 @app.command()
 def models() -> None:
     """The bundled weights and their cards."""
     console = Console()
-    for name in bundled_weights():
+    for name in (*bundled_weights(), *bundled_baselines()):
         console.print(f"[bold]{name}[/]")
         console.print_json(json.dumps(load_card(name)))
     console.print(f"models: {', '.join(MODEL_NAMES)}")
@@ -229,6 +333,10 @@ def _train_images(data_dir: Path | None, download: bool) -> ImageSet:
     if data_dir is None and not download:
         raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
     return download_mnist("train") if data_dir is None else load_idx_dataset(data_dir, "train")
+
+
+def _all_test_images(data_dir: Path | None) -> ImageSet:
+    return download_mnist("test") if data_dir is None else load_idx_dataset(data_dir, "test")
 
 
 def _test_images(data_dir: Path | None, download: bool) -> ImageSet:
@@ -246,10 +354,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _model_names(chosen: list[str] | None, default: Sequence[str]) -> list[str]:
+def _model_names(chosen: list[str] | None, default: Sequence[str], choices: Sequence[str] = MODEL_NAMES) -> list[str]:
     names = list(dict.fromkeys(chosen or default))
     for name in names:
-        _require_choice(name, MODEL_NAMES, "--model")
+        _require_choice(name, choices, "--model")
     return names
 
 
@@ -258,17 +366,65 @@ def _require_choice(value: str, choices: Sequence[str], option: str) -> None:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
 
 
+def _print_plan(plan: Any) -> None:
+    """What is to be done, and how long it may take."""
+    missing = plan.missing()
+    speeds = plan.speeds(missing)
+    waiting = {piece.id for piece in missing}
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for piece in plan.pieces:
+        groups.setdefault((piece.model.name, piece.measurement.name), []).append(piece)
+    rows: list[dict[str, float | str | None]] = []
+    total = 0.0
+    for (model, name), pieces in groups.items():
+        measurement = pieces[0].measurement
+        left = [piece for piece in pieces if piece.id in waiting]
+        seconds = sum(len(piece.images) * speeds[model].of(measurement) for piece in left)
+        total += seconds
+        rows.append(
+            {
+                "model": model,
+                "measurement": name,
+                "norm": measurement.norm or "",
+                "images": sum(len(piece.images) for piece in pieces),
+                "finished pieces": f"{len(pieces) - len(left)} of {len(pieces)}",
+                "queries per image": measurement.queries,
+                "gradients per image": measurement.gradients,
+                "seconds": seconds,
+            }
+        )
+    console = Console()
+    _print_rows(console, "the plan, and what is left of it on this machine", rows)
+    console.print(f"about {datetime.timedelta(seconds=round(total))} in all")
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[dict[str, float | str | None]]) -> None:
+    from abs_defense.benchmark import formatted
+
+    printed = formatted(rows)
+    if not printed:
+        return
+    table = Table(title=title)
+    for column in printed[0]:
+        is_name = column in ("model", "attack", "measurement", "norm", "strongest attack")
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=column == "model")
+    for row in printed:
+        table.add_row(*row.values())
+    console.print(table)
+
+
 def _models_table(title: str, rows: Sequence[dict[str, float | str | None]]) -> Table:
     """A column a model."""
-    from abs_defense.benchmark import format_value
+    from abs_defense.benchmark import formatted
 
     table = Table(title=title)
     table.add_column("")
-    for row in rows:
-        table.add_column(str(row["model"]), justify="right")
-    for column in dict.fromkeys(column for row in rows for column in row):
+    printed = formatted(rows)
+    for row in printed:
+        table.add_column(row["model"], justify="right")
+    for column in printed[0] if printed else ():
         if column != "model":
-            table.add_row(column, *(format_value(column, row[column]) if column in row else "" for row in rows))
+            table.add_row(column, *(row[column] for row in printed))
     return table
 
 

@@ -3,6 +3,7 @@
 from abs_defense.attacks._base import L0Distance
 from abs_defense.attacks._bisector import L0BisectorAttack, L2BisectorAttack, LInfBisectorAttack
 from abs_defense.attacks._distal import DistalAttack
+from abs_defense.attacks._epsilon_search import EpsilonSearchAttack, StartedAttack
 from abs_defense.attacks._estimators import FiniteDifferenceModel, RandomDirectionModel
 from abs_defense.attacks._latent_descent import LatentDescentAttack
 from abs_defense.attacks._pointwise import PointwiseAttack
@@ -11,6 +12,7 @@ from abs_defense.attacks._register import register
 
 __all__ = [
     "DistalAttack",
+    "EpsilonSearchAttack",
     "FiniteDifferenceModel",
     "L0BisectorAttack",
     "L0Distance",
@@ -21,5 +23,6 @@ __all__ = [
     "QueryCounter",
     "QueryLimitExceededError",
     "RandomDirectionModel",
+    "StartedAttack",
     "register",
 ]

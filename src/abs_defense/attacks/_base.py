@@ -178,16 +178,16 @@ def as_criterion(criterion: Any, x: ep.Tensor) -> Criterion:
     return kind(ep.from_numpy(x, array.astype(np.int64)))
 
 
-def one_image(criterion: Criterion, row: int) -> Criterion:
-    """The criterion for one image of the batch.
+def some_images(criterion: Criterion, rows: Rows) -> Criterion:
+    """The criterion for some images of the batch.
 
     Raises:
         ValueError: for criteria other than (targeted) misclassification, which cannot be taken apart.
     """
     if type(criterion) is Misclassification:
-        return Misclassification(criterion.labels[row : row + 1])
+        return Misclassification(criterion.labels[rows])
     if type(criterion) is TargetedMisclassification:
-        return TargetedMisclassification(criterion.target_classes[row : row + 1])
+        return TargetedMisclassification(criterion.target_classes[rows])
     raise ValueError(f"criterion: expected (targeted) misclassification, got {type(criterion).__name__}")
 
 

@@ -21,7 +21,7 @@ from abs_defense.attacks._base import (
     Oracle,
     as_starting_points,
     check_counts,
-    one_image,
+    some_images,
 )
 
 Image = npt.NDArray[np.floating[Any]]
@@ -209,7 +209,9 @@ def _init_each(attack: MinimizationAttack, model: Model, criterion: Criterion, x
     try:
         return attack.run(model, x, criterion)
     except (AssertionError, ValueError):
-        return ep.concatenate([_init_one(attack, model, one_image(criterion, i), x[i : i + 1]) for i in range(len(x))])
+        return ep.concatenate(
+            [_init_one(attack, model, some_images(criterion, np.array([i])), x[i : i + 1]) for i in range(len(x))]
+        )
 
 
 def _init_one(attack: MinimizationAttack, model: Model, criterion: Criterion, x: ep.Tensor) -> ep.Tensor:

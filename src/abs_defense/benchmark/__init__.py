@@ -1,27 +1,67 @@
-"""Evaluation: models x attacks -> finished pieces on disk -> table, pictures, report."""
+"""Evaluation: models x measurements -> finished pieces on disk -> tables, pictures, report."""
 
 from abs_defense.benchmark._certify import Certification, run_certification
 from abs_defense.benchmark._job import Evaluation, run_evaluation
-from abs_defense.benchmark._plan import FIRST_ATTACKS, FULL_ATTACKS, NORMS, PRESETS, AttackSpec, choose_attacks
-from abs_defense.benchmark._runner import Result, evaluate
-from abs_defense.benchmark._table import attack_rows, format_value, smallest_distances, table_rows, write_csv
+from abs_defense.benchmark._published import PUBLISHED, Published, load_curves
+from abs_defense.benchmark._ray import ray_executor
+from abs_defense.benchmark._runner import Failure, Piece, Plan, Result, evaluate, make_plan, run_plan
+from abs_defense.benchmark._suite import (
+    CLEAN,
+    DISTAL,
+    NORMS,
+    PRESETS,
+    AttackSpec,
+    CertificateSpec,
+    DistalSpec,
+    Measurement,
+    ModelSpec,
+    choose_measurements,
+    load_additions,
+    our_model,
+)
+from abs_defense.benchmark._table import (
+    attack_rows,
+    format_value,
+    formatted,
+    model_rows,
+    robustness_rows,
+    smallest_distances,
+    write_csv,
+)
 
 __all__ = [
-    "FIRST_ATTACKS",
-    "FULL_ATTACKS",
+    "CLEAN",
+    "DISTAL",
     "NORMS",
     "PRESETS",
+    "PUBLISHED",
     "AttackSpec",
+    "CertificateSpec",
     "Certification",
+    "DistalSpec",
     "Evaluation",
+    "Failure",
+    "Measurement",
+    "ModelSpec",
+    "Piece",
+    "Plan",
+    "Published",
     "Result",
     "attack_rows",
-    "choose_attacks",
+    "choose_measurements",
     "evaluate",
     "format_value",
+    "formatted",
+    "load_additions",
+    "load_curves",
+    "make_plan",
+    "model_rows",
+    "our_model",
+    "ray_executor",
+    "robustness_rows",
     "run_certification",
     "run_evaluation",
+    "run_plan",
     "smallest_distances",
-    "table_rows",
     "write_csv",
 ]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from abs_defense._files import replace_atomically
-from abs_defense.benchmark._plan import NORMS
-from abs_defense.benchmark._runner import CLEAN, Result
-from abs_defense.benchmark._table import smallest_distances
+from abs_defense.benchmark._published import PUBLISHED, Curve
+from abs_defense.benchmark._runner import Result
+from abs_defense.benchmark._suite import NORMS
+from abs_defense.benchmark._table import largest_radii, of_attacks, smallest_distances
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 from abs_defense.inference import Inference
@@ -43,21 +44,16 @@ def reconstruction_figure(title: str, images: Tensor, labels: Tensor, inference:
     return figure
 
 
-def adversarial_figure(results: Sequence[Result], data: ImageSet) -> Figure | None:
-    """Per model and norm the smallest adversarials found, below the originals; None if no attack was run."""
+def adversarial_figure(title: str, results: Sequence[Result], model: str, data: ImageSet) -> Figure | None:
+    """The smallest adversarials of one model, a row a norm, below the originals; None if no attack was run."""
     from matplotlib.figure import Figure
 
-    rows = []
-    for model in dict.fromkeys(r.model for r in results):
-        for norm, spec in NORMS.items():
-            own = [r for r in results if r.model == model and r.norm == norm and r.error is None and r.arrays]
-            if own:
-                rows.append((f"{model}\n{spec.label}", own))
+    rows = [(spec.label, own) for norm, spec in NORMS.items() if (own := of_attacks(results, model, norm))]
     columns = min(MAX_COLUMNS, len(data))
     if not rows or not columns:
         return None
     figure = Figure(figsize=(0.85 * columns + 1.2, 1.05 * (len(rows) + 1)), layout="constrained")
-    figure.suptitle("Smallest adversarials found, with their distances", fontsize=10)
+    figure.suptitle(f"{title}: smallest adversarials found, with their distances", fontsize=10)
     axes = figure.subplots(len(rows) + 1, columns, squeeze=False)
     for j in range(columns):
         _show(axes[0, j], data.images[j, 0], str(int(data.labels[j])))
@@ -73,31 +69,115 @@ def adversarial_figure(results: Sequence[Result], data: ImageSet) -> Figure | No
     return figure
 
 
-def curve_figure(results: Sequence[Result], data: ImageSet) -> Figure | None:
-    """Accuracy against the size of the perturbation, a panel a norm; None if no attack was run."""
+def curve_figure(
+    results: Sequence[Result],
+    data: ImageSet,
+    kinds: Mapping[str, str] | None = None,
+    curves: Mapping[tuple[str, Norm], Curve] | None = None,
+) -> Figure | None:
+    """Accuracy against the size of the perturbation, a panel a norm; None if no attack was run.
+
+    Solid: ours. Dashed: certified. Behind them, for models of a kind that the paper has: its curve, where ``curves``
+    has it, else crosses at its median and at its threshold.
+    """
     from matplotlib.figure import Figure
 
-    norms = [norm for norm in NORMS if any(r.norm == norm and r.error is None for r in results)]
-    if not norms:
+    kinds = kinds or {}
+    norms = [norm for norm in NORMS if any(r.norm == norm and "distances" in r.arrays for r in results)]
+    if not norms or not len(data):
         return None
-    figure = Figure(figsize=(4.2 * len(norms), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(norms), 3.6), layout="constrained")
     panels = figure.subplots(1, len(norms), squeeze=False)[0]
     for axis, norm in zip(panels, norms, strict=True):
-        largest = NORMS[norm].threshold
-        for model in dict.fromkeys(r.model for r in results if r.attack == CLEAN):
+        threshold = largest = NORMS[norm].threshold
+        for number, model in enumerate(dict.fromkeys(r.model for r in results)):
             distances = smallest_distances(results, model, norm)
-            if distances is None or not len(distances):
+            if distances is None:
                 continue
-            finite = np.sort(distances[np.isfinite(distances)])
-            accuracy = 1.0 - np.arange(1, len(finite) + 1) / len(distances)
-            start = 1.0 - float((distances == 0).mean())
-            axis.step(np.r_[0.0, finite], 100 * np.r_[start, accuracy], where="post", label=model)
-            largest = max(largest, float(finite.max(initial=0.0)))
-        axis.axvline(NORMS[norm].threshold, color="0.6", linestyle=":", linewidth=1)
+            color = f"C{number}"
+            largest = max(largest, _accuracy_left(axis, distances, color, model))
+            radii = largest_radii(results, model, norm)
+            if radii is not None:
+                _accuracy_left(axis, radii, color, None, linestyle="--")
+            curve = (curves or {}).get((kinds.get(model, ""), norm))
+            published = PUBLISHED.get(kinds.get(model, ""), {}).get(norm)
+            if curve is not None:
+                axis.plot(curve[0], 100 * np.array(curve[1]), color=color, linewidth=4, alpha=0.25)
+            elif published is not None:
+                points = [(published.median, 50.0), (threshold, 100 * published.accuracy)]
+                axis.plot(*zip(*points, strict=True), "x", color=color, alpha=0.6)
+        axis.axvline(threshold, color="0.6", linestyle=":", linewidth=1)
         axis.set(xlabel=f"{NORMS[norm].label} distance", ylim=(0, 102), xlim=(0, 1.05 * largest))
-        axis.set_title(f"{NORMS[norm].label} (dotted: the paper's threshold)", fontsize=9)
+        axis.set_title(NORMS[norm].label, fontsize=9)
     panels[0].set_ylabel("accuracy left (%)")
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=7)
+    behind = "wide, pale: published" if curves else "crosses: published"
+    figure.suptitle(f"solid: under attack; dashed: certified; {behind}; dotted: the paper's threshold", fontsize=8)
+    return figure
+
+
+def _accuracy_left(
+    axis: Axes, distances: npt.NDArray[Any], color: str, label: str | None, linestyle: str = "-"
+) -> float:
+    """Draw one curve; the largest finite distance."""
+    finite = np.sort(distances[np.isfinite(distances)])
+    left = 1.0 - np.arange(1, len(finite) + 1) / len(distances)
+    start = 1.0 - float((distances == 0).mean())
+    x, y = np.r_[0.0, finite], 100 * np.r_[start, left]
+    axis.step(x, y, where="post", label=label, color=color, linestyle=linestyle, linewidth=1.4)
+    return float(finite.max(initial=0.0))
+
+
+def distal_figure(results: Sequence[Result]) -> Figure | None:
+    """Who is sure of garbage: a row a model, its distal adversarials with class and confidence; None if none were
+    tried."""
+    from matplotlib.figure import Figure
+
+    own = [r for r in results if "fooled" in r.arrays]
+    if not own:
+        return None
+    columns = min(MAX_COLUMNS, len(own[0].arrays["fooled"]))
+    figure = Figure(figsize=(1.1 * columns + 1.4, 1.25 * len(own) + 0.6), layout="constrained")
+    figure.suptitle("Distal adversarials: from noise to 90 % confidence (red: reached)", fontsize=10)
+    axes = figure.subplots(len(own), columns, squeeze=False)
+    for i, result in enumerate(own):
+        a = result.arrays
+        for j in range(columns):
+            title = f"{a['predictions'][j]}: {100 * a['confidences'][j]:.0f} %"
+            _show(axes[i, j], a["adversarials"][j, 0], title, "tab:red" if a["fooled"][j] else "black")
+        _label(axes[i, 0], result.model)
+    return figure
+
+
+def path_figure(title: str, fractions: Sequence[float], images: Tensor, inference: Inference, label: int) -> Figure:
+    """What ABS sees on the way from an image to its adversarial: the energies of all classes, and the best explanation
+    by the true class and by the class that wins at the end."""
+    from matplotlib.figure import Figure
+
+    rival = int(inference.prediction[-1])
+    shown = range(0, len(images), max(1, len(images) // 6))
+    figure = Figure(figsize=(8.0, 6.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.add_gridspec(4, len(shown), height_ratios=(3, 1, 1, 1))
+    axis = figure.add_subplot(grid[0, :])
+    for c in range(inference.energy.shape[1]):
+        color = "tab:green" if c == label else "tab:red" if c == rival else "0.75"
+        axis.plot(fractions, inference.energy[:, c], color=color, label=f"class {c}" if c in (label, rival) else None)
+    axis.set(xlabel="way to the adversarial", ylabel="energy (nats)")
+    axis.legend(fontsize=8)
+    for j, k in enumerate(shown):
+        for row, (name, image) in enumerate(
+            (
+                ("image", images[k, 0]),
+                (f"class {label}", inference.reconstructions[k, label, 0]),
+                (f"class {rival}", inference.reconstructions[k, rival, 0]),
+            ),
+            start=1,
+        ):
+            panel = figure.add_subplot(grid[row, j])
+            _show(panel, image, f"{100 * fractions[k]:.0f} %" if row == 1 else "")
+            if j == 0:
+                _label(panel, name)
     return figure
 
 
@@ -110,11 +190,8 @@ def certified_figure(radii: Mapping[str, npt.NDArray[np.float64]], norm: Norm, m
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axis = figure.subplots()
     largest = NORMS[norm].threshold
-    for model, values in radii.items():
-        finite = np.sort(values[np.isfinite(values)])
-        left = 1.0 - np.arange(1, len(finite) + 1) / len(values)
-        axis.step(np.r_[0.0, finite], 100 * np.r_[1.0 - float((values == 0).mean()), left], where="post", label=model)
-        largest = max(largest, float(finite.max(initial=0.0)))
+    for number, (model, values) in enumerate(radii.items()):
+        largest = max(largest, _accuracy_left(axis, values, f"C{number}", model))
     axis.axvline(NORMS[norm].threshold, color="0.6", linestyle=":", linewidth=1)
     axis.set(xlabel=f"{NORMS[norm].label} radius", ylabel="certified accuracy (%)", ylim=(0, 102))
     axis.set_xlim(0, 1.05 * largest)
@@ -123,10 +200,11 @@ def certified_figure(radii: Mapping[str, npt.NDArray[np.float64]], norm: Norm, m
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a PNG; it appears whole or not at all."""
-    with replace_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG and a PDF beside it; each appears whole or not at all."""
+    for kind in ("png", "pdf"):
+        with replace_atomically(path.with_suffix(f".{kind}")) as temporary:
+            figure.savefig(temporary, format=kind, dpi=110)
 
 
 def _show(axis: Axes, image: object, title: str, color: str = "black") -> None:

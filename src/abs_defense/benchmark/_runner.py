@@ -1,46 +1,105 @@
-"""Runs models against attacks, piece by piece, and continues where it was stopped."""
+"""Runs measurements of models piece by piece, here or elsewhere, and continues where it was stopped."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import foolbox
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from abs_defense._versions import versions
-from abs_defense.attacks import QueryCounter
-from abs_defense.benchmark._plan import NORMS, AttackSpec
+from abs_defense.benchmark._measure import OnQueries, Speed, describe, measure, probe
 from abs_defense.benchmark._store import Arrays, PieceKey, Store
+from abs_defense.benchmark._suite import CLEAN, AttackSpec, DistalSpec, Measurement, ModelSpec
 from abs_defense.data import ImageSet
-from abs_defense.models import ABS
 
-SHARD = 50
-CLEAN = "clean"
+
+@dataclass(frozen=True)
+class Piece:
+    """One measurement of one model on a shard of the images: all that a worker needs.
+
+    Attributes:
+        model: how to make the model.
+        measurement: what to do.
+        key: under which the result is stored.
+        images, labels: of the shard, on the CPU.
+    """
+
+    model: ModelSpec
+    measurement: Measurement
+    key: PieceKey
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def id(self) -> str:
+        """Equal for pieces that have the same result."""
+        return self.key.digest()
+
+    def __str__(self) -> str:
+        return f"{self.model.name}: {self.measurement.name}, images {self.key.start} to {self.key.stop - 1}"
+
+    def run(self, model: nn.Module, device: str | torch.device, on_queries: OnQueries | None = None) -> Arrays:
+        """Compute the result with the model, which is on the device."""
+        x, y = self.images.to(device), self.labels.to(device)
+        return measure(self.measurement, model, x, y, self.key.seed, on_queries)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a piece has no result."""
+
+    reason: str
+
+
+Outcome = tuple[Piece, Arrays | Failure]
+Executor = Callable[[Sequence[Piece]], Iterable[Outcome]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All the work of an evaluation.
+
+    Attributes:
+        pieces: in the order of models and measurements.
+        models: in use, by name, on the device.
+        store: with the finished pieces.
+        device: where to compute.
+    """
+
+    pieces: list[Piece]
+    models: dict[str, nn.Module]
+    store: Store
+    device: torch.device
+
+    def missing(self) -> list[Piece]:
+        """Pieces without a result."""
+        return [piece for piece in self.pieces if self.store.load(piece.key) is None]
+
+    def speeds(self, pieces: Sequence[Piece]) -> dict[str, Speed]:
+        """Of the models of some pieces, measured now."""
+        return {
+            name: probe(self.models[name], next(p.images for p in pieces if p.model.name == name))
+            for name in dict.fromkeys(piece.model.name for piece in pieces)
+        }
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one model and one attack (or none) gave on all images.
+    """What one measurement of one model gave on all images.
 
     Attributes:
         model: name of the model.
-        attack: name of the attack, ``"clean"`` for none.
-        norm: of the distances, None for clean.
-        arrays: per image, ``predictions`` and ``confidences`` for clean; ``distances`` (0 for images that are
-            misclassified as they are, infinity where the attack failed) and ``adversarials`` for an attack; and
-            ``queries`` and ``gradients`` (of the model, an image) for both.
+        attack: name of the measurement.
+        norm: of distances or radii, None for none.
+        arrays: per image, see ``measure``; empty if a piece failed. But in an attack that failed on some pieces only,
+            their images have an infinite distance.
         seconds: of computing, summed over pieces.
-        error: why the attack could not be run, if it could not.
+        errors: of the pieces that failed.
     """
 
     model: str
@@ -48,164 +107,215 @@ class Result:
     norm: str | None
     arrays: Arrays
     seconds: float
-    error: str | None = None
+    errors: tuple[str, ...] = ()
 
 
-def evaluate(
-    models: Mapping[str, Callable[[], ABS]],
-    attacks: Sequence[AttackSpec],
+def make_plan(
+    models: Sequence[ModelSpec],
+    measurements: Sequence[Measurement],
     data: ImageSet,
     out: str | Path,
     *,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    progress: bool = True,
-) -> list[Result]:
-    """Clean predictions of every model, and its distance under every attack, for every image.
-
-    Finished pieces of at most 50 images are kept in ``out/pieces``; a later call with the same models, attacks,
-    images, seed and versions computes only what is missing. A piece that fails is reported and does not stop the
-    rest; it is tried again by the next call.
-
-    Args:
-        models: factories by name; each is called once.
-        attacks: to run on each model.
-        data: images and labels.
-        out: folder; made if missing.
-        device: where to compute.
-        seed: foolbox's attacks draw from global random states; these are seeded with it for each piece and put back.
-        progress: show progress bars.
+) -> Plan:
+    """Cut the work into pieces: every model, every measurement that serves its kind, shards of the images.
 
     Raises:
-        ValueError: a label is not a class of a model.
+        ValueError: two models or two measurements have the same name, or a label is not a class of a model.
         OSError: the folder cannot be written.
     """
+    for what, names in {"models": [m.name for m in models], "measurements": [m.name for m in measurements]}.items():
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what}: expected different names, got {', '.join(names)}")
     store = Store(Path(out) / "pieces")
+    device = torch.device(device)
     images_sha256 = data.sha256()
-    results = []
-    for name, factory in models.items():
-        model = factory().to(device)
-        check_labels(data.labels, model.num_classes, name)
-        settings = model_settings(model)
-        for spec in (None, *attacks):
-            attack = CLEAN if spec is None else spec.name
-            pieces: list[Arrays] = []
-            error = None
-            with tqdm(
-                total=len(data) * (1 if spec is None else spec.queries),
-                desc=f"{name}: {attack}",
-                unit="query",
-                disable=not progress,
-            ) as bar:
-                for start in range(0, len(data), SHARD):
-                    shard = slice(start, min(start + SHARD, len(data)))
-                    key = PieceKey(
-                        model=name,
-                        model_settings=settings,
-                        attack=attack,
-                        attack_settings={} if spec is None else spec.settings,
-                        images_sha256=images_sha256,
-                        start=shard.start,
-                        stop=shard.stop,
-                        seed=seed,
-                        versions=versions(),
-                    )
-                    piece = store.load(key)
-                    if piece is None:
-                        x, y = data.images[shard].to(device), data.labels[shard].to(device)
-                        try:
-                            piece = _clean(model, x, bar) if spec is None else _attack(model, spec, x, y, seed, bar)
-                        except (RuntimeError, ValueError, AssertionError) as problem:
-                            error = f"images {shard.start} to {shard.stop - 1}: {problem}"
-                            tqdm.write(f"{name}: {attack} failed on {error}")
-                            break
-                        store.save(key, piece)
-                    else:
-                        bar.update(len(piece["queries"]) * (1 if spec is None else spec.queries))
-                    pieces.append(piece)
-            arrays = {field: np.concatenate([p[field] for p in pieces]) for field in pieces[0]} if pieces else {}
-            seconds = float(arrays.pop("seconds").sum()) if arrays else 0.0
-            results.append(Result(name, attack, None if spec is None else spec.norm, arrays, seconds, error))
-    return results
+    built: dict[str, nn.Module] = {}
+    pieces = []
+    for spec in models:
+        model = built[spec.name] = spec.make().to(device)
+        check_labels(data.labels, getattr(model, "num_classes", None), spec.name)
+        described = describe(model)
+        for measurement in measurements:
+            if not measurement.serves(spec.kind):
+                continue
+            images, labels = data.images, data.labels
+            if isinstance(measurement, DistalSpec):
+                images, labels = images.new_zeros(measurement.images, 1, 28, 28), labels.new_zeros(measurement.images)
+            for start in range(0, len(images), measurement.piece):
+                part = slice(start, min(start + measurement.piece, len(images)))
+                key = PieceKey(
+                    model=spec.name,
+                    model_settings=described,
+                    attack=measurement.name,
+                    attack_settings=measurement.identity(),
+                    images_sha256=images_sha256,
+                    start=part.start,
+                    stop=part.stop,
+                    seed=seed,
+                    versions=versions(),
+                )
+                pieces.append(Piece(spec, measurement, key, images[part], labels[part]))
+    return Plan(pieces, built, store, device)
 
 
-def model_settings(model: ABS) -> dict[str, Any]:
-    """What a result of a model depends on."""
-    return {
-        **asdict(model.settings),
-        "class": type(model).__name__,
-        "gradient": model.gradient,
-        "prototypes": model.prototype_latents.shape[-2],
-        "prototypes_sha256": hashlib.sha256(model.prototype_latents.cpu().numpy().tobytes()).hexdigest(),
-        "prototype_seed": model.seed,
-        "weights_sha256": model.weights_sha256(),
-    }
+def run_plan(
+    plan: Plan,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
+    on_piece: Callable[[Piece, Arrays], None] | None = None,
+) -> list[Result]:
+    """Compute what is missing, keep every piece as soon as it is finished, and gather the results.
+
+    A piece that fails is reported and does not stop the rest; it is tried again by the next call. After a kill or an
+    error of the disk, a later call with the same plan computes only what is missing.
+
+    Args:
+        plan: the work.
+        executor: computes pieces elsewhere, in any order; by default here, one after the other.
+        progress: show a progress bar with the time that is left.
+        on_piece: called with each piece, finished before or now.
+
+    Raises:
+        OSError: a piece cannot be written.
+    """
+    failures: dict[str, str] = {}
+    missing = plan.missing()
+    if on_piece is not None:
+        waiting = {piece.id for piece in missing}
+        for piece in plan.pieces:
+            if piece.id not in waiting:
+                on_piece(piece, _stored(plan, piece))
+    with _Progress(plan, missing, progress) as bar:
+        outcomes = _here(plan, missing, bar) if executor is None else executor(missing)
+        for piece, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                failures[piece.id] = f"{piece}: {outcome.reason}"
+                tqdm.write(f"failed: {failures[piece.id]}")
+            else:
+                plan.store.save(piece.key, outcome)
+                if on_piece is not None:
+                    on_piece(piece, outcome)
+            bar.finish(piece)
+    return _gather(plan, failures)
 
 
-def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+def evaluate(
+    models: Sequence[ModelSpec],
+    measurements: Sequence[Measurement],
+    data: ImageSet,
+    out: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> list[Result]:
+    """``make_plan`` and ``run_plan``.
+
+    Raises:
+        ValueError, OSError: see there.
+    """
+    plan = make_plan(models, measurements, data, out, device=device, seed=seed)
+    return run_plan(plan, executor=executor, progress=progress)
+
+
+def check_labels(labels: Tensor, num_classes: int | None, name: str) -> None:
+    if num_classes is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
             f"labels: expected classes 0 to {num_classes - 1} of model {name!r}, "
             f"got values from {int(labels.min())} to {int(labels.max())}"
         )
 
 
-def _clean(model: ABS, x: Tensor, bar: tqdm[Any]) -> Arrays:
-    started = time.perf_counter()
-    with torch.no_grad():
-        logits = model(x)
-        predictions, confidences = logits.argmax(dim=1), model.confidence_softmax(logits).amax(dim=1)
-    bar.update(len(x))
-    return {
-        "predictions": predictions.cpu().numpy(),
-        "confidences": confidences.cpu().numpy(),
-        "queries": np.ones(len(x)),
-        "gradients": np.zeros(len(x)),
-        "seconds": np.array([time.perf_counter() - started]),
-    }
+class _Progress:
+    """A bar in seconds of expected work, which moves with every model query and is put right after every piece."""
+
+    def __init__(self, plan: Plan, missing: Sequence[Piece], show: bool) -> None:
+        speeds = plan.speeds(missing) if show else {}
+        self._expected: Mapping[str, float] = {
+            p.id: len(p.images) * speeds[p.model.name].of(p.measurement) if show else 1.0 for p in missing
+        }
+        self._done = 0.0
+        self._bar = tqdm(
+            total=sum(self._expected.values()) or 1.0,
+            disable=not show or not missing,
+            bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}, left {remaining}",
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._bar.close()
+
+    def counting(self, piece: Piece) -> OnQueries:
+        """To be called with the model queries of the piece that is computed now."""
+        self._bar.set_description_str(f"{piece.model.name}: {piece.measurement.name}")
+        share = self._expected[piece.id] / (len(piece.images) * max(1.0, piece.measurement.queries))
+        limit = self._done + self._expected[piece.id]
+
+        def count(queries: int) -> None:
+            self._bar.update(min(share * queries, max(0.0, limit - self._bar.n)))
+
+        return count
+
+    def finish(self, piece: Piece) -> None:
+        self._done += self._expected[piece.id]
+        self._bar.update(self._done - self._bar.n)
 
 
-def _attack(model: ABS, spec: AttackSpec, x: Tensor, y: Tensor, seed: int, bar: tqdm[Any]) -> Arrays:
-    started = time.perf_counter()
-    counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
-    with _show_queries(model, bar), _seeded(seed):
-        adversarials, _, _ = spec.make()(counter, x, y, epsilons=None)
-    with torch.no_grad():
-        fooled = model(adversarials).argmax(1) != y
-        misclassified = model(x).argmax(1) != y
-    distances = NORMS[spec.norm].distance(x, adversarials)
-    distances = torch.where(fooled, distances, torch.inf)
-    distances = torch.where(misclassified, 0.0, distances)
-    return {
-        "distances": distances.cpu().numpy(),
-        "adversarials": adversarials.cpu().numpy(),
-        "queries": counter.queries,
-        "gradients": counter.gradients,
-        "seconds": np.array([time.perf_counter() - started]),
-    }
+def _here(plan: Plan, pieces: Sequence[Piece], bar: _Progress) -> Iterator[Outcome]:
+    for piece in pieces:
+        yield piece, attempt(piece, plan.models[piece.model.name], plan.device, bar.counting(piece))
 
 
-@contextmanager
-def _show_queries(model: nn.Module, bar: tqdm[Any]) -> Iterator[None]:
-    def update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        bar.update(len(output))
-
-    handle = model.register_forward_hook(update)
+def attempt(
+    piece: Piece, model: nn.Module, device: str | torch.device, on_queries: OnQueries | None = None
+) -> Arrays | Failure:
+    """The result of a piece; whatever an attack of a third party raises is a failure of this piece only."""
     try:
-        yield
-    finally:
-        handle.remove()
+        return piece.run(model, device, on_queries)
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}")
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+def _stored(plan: Plan, piece: Piece) -> Arrays:
+    arrays = plan.store.load(piece.key)
+    assert arrays is not None
+    return arrays
+
+
+def _gather(plan: Plan, failures: Mapping[str, str]) -> list[Result]:
+    groups: dict[tuple[str, str], list[Piece]] = {(model, CLEAN.name): [] for model in plan.models}
+    for piece in plan.pieces:
+        groups.setdefault((piece.model.name, piece.measurement.name), []).append(piece)
+    return [_result(plan, model, name, pieces, failures) for (model, name), pieces in groups.items()]
+
+
+def _result(plan: Plan, model: str, name: str, pieces: Sequence[Piece], failures: Mapping[str, str]) -> Result:
+    parts: list[Arrays] = []
+    seconds = 0.0
+    errors = tuple(failures[piece.id] for piece in pieces if piece.id in failures)
+    usable = not errors or (len(errors) < len(pieces) and isinstance(pieces[0].measurement, AttackSpec))
+    for piece in pieces if usable else ():
+        if piece.id in failures:
+            parts.append(_nothing_found(piece))
+        else:
+            arrays = _stored(plan, piece)
+            seconds += float(arrays.pop("seconds").sum())
+            parts.append(arrays)
+    joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if parts else {}
+    return Result(model, name, pieces[0].measurement.norm if pieces else None, joined, seconds, errors)
+
+
+def _nothing_found(piece: Piece) -> Arrays:
+    count = len(piece.images)
+    return {
+        "distances": np.full(count, np.inf, dtype=np.float32),
+        "adversarials": piece.images.numpy(),
+        "queries": np.zeros(count),
+        "gradients": np.zeros(count),
+    }

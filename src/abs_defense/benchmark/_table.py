@@ -1,66 +1,117 @@
-"""The tables of an evaluation: one row a model, and one row a model and attack."""
+"""The tables of an evaluation: robustness by norm and model, models, attacks; as text, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from tabulate import tabulate
 
 from abs_defense._files import replace_atomically
-from abs_defense.benchmark._plan import NORMS
-from abs_defense.benchmark._runner import CLEAN, Result
+from abs_defense.benchmark._published import PUBLISHED
+from abs_defense.benchmark._runner import Result
+from abs_defense.benchmark._suite import CLEAN, DISTAL, NORMS
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
+
+Row = dict[str, float | str | None]
+
+
+def of_attacks(results: Sequence[Result], model: str, norm: str) -> list[Result]:
+    """The attacks of a model in a norm that gave distances."""
+    return [r for r in results if r.model == model and r.norm == norm and "distances" in r.arrays]
+
+
+def of_certificates(results: Sequence[Result], model: str, norm: str) -> list[Result]:
+    """The certificates of a model in a norm that gave radii."""
+    return [r for r in results if r.model == model and r.norm == norm and "radius" in r.arrays]
 
 
 def smallest_distances(results: Sequence[Result], model: str, norm: str) -> npt.NDArray[Any] | None:
     """Per image the smallest distance over all attacks of a norm (infinity where none succeeded), None if none ran."""
-    found = [r.arrays["distances"] for r in results if r.model == model and r.norm == norm and r.error is None]
+    found = [r.arrays["distances"] for r in of_attacks(results, model, norm)]
     return np.min(found, axis=0) if found else None
 
 
-def table_rows(results: Sequence[Result], data: ImageSet) -> list[dict[str, float | str | None]]:
-    """One row a model: clean accuracy, median confidence, and per norm the median distance and the accuracy left
-    at the paper's threshold (1.5, 0.3, 12 pixels) under all attacks together; queries and gradients an image; seconds.
+def largest_radii(results: Sequence[Result], model: str, norm: str) -> npt.NDArray[Any] | None:
+    """Per image the largest certified radius over all certificates of a norm, None if there are none."""
+    found = [r.arrays["radius"] for r in of_certificates(results, model, norm)]
+    return np.max(found, axis=0) if found else None
+
+
+def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, str]) -> list[Row]:
+    """One row a norm and model: the median distance and the accuracy left at the paper's threshold (1.5, 0.3, 12
+    pixels) under all attacks together, the attack that is strongest most often, queries and gradients an image over
+    all attacks; mean radius and certified accuracy at the threshold; what the paper reports for a model of that kind.
 
     Distances are in pixel values of [0, 1] for L2 and L-infinity, in pixels for L0. A misclassified image has
     distance 0. An image counts as robust at a threshold if its smallest adversarial distance is larger.
     """
-    labels = data.labels.numpy()
-    rows: list[dict[str, float | str | None]] = []
-    for model in dict.fromkeys(r.model for r in results):
-        own = [r for r in results if r.model == model]
-        clean = next(r for r in own if r.attack == CLEAN)
-        row: dict[str, float | str | None] = {"model": model, "images": len(labels)}
-        if clean.error is None and len(labels):
-            row["clean accuracy"] = float((clean.arrays["predictions"] == labels).mean())
-            row["median confidence"] = float(np.median(clean.arrays["confidences"]))
-        for norm, spec in NORMS.items():
-            if not any(r.norm == norm for r in own):
+    rows: list[Row] = []
+    for norm, spec in NORMS.items():
+        for model in dict.fromkeys(r.model for r in results):
+            ran = [r for r in results if r.model == model and r.norm == norm]
+            if not ran or not len(data):
                 continue
-            distances = smallest_distances(own, model, norm)
-            median = left = None
-            if distances is not None and len(distances):
-                median, left = float(np.median(distances)), float((distances > spec.threshold).mean())
-            row[f"{spec.label} median"] = median
-            row[f"{spec.label} accuracy at {spec.threshold:g}"] = left
-        for what in ("queries", "gradients"):
-            row[f"{what} per image"] = sum(_mean(r, what) for r in own)
-        row["seconds"] = sum(r.seconds for r in own)
+            row: Row = {"norm": spec.label, "model": model, "images": len(data), "threshold": f"{spec.threshold:g}"}
+            distances = smallest_distances(results, model, norm)
+            attacks = of_attacks(results, model, norm)
+            row["median distance"] = None if distances is None else float(np.median(distances))
+            row["accuracy at threshold"] = None if distances is None else float((distances > spec.threshold).mean())
+            row["strongest attack"] = _strongest(attacks)
+            row["queries per image"] = sum(_mean(r, "queries") for r in attacks)
+            row["gradients per image"] = sum(_mean(r, "gradients") for r in attacks)
+            radii = largest_radii(results, model, norm)
+            if radii is not None:
+                certificates = of_certificates(results, model, norm)
+                proved = all(bool(r.arrays["proved"].all()) for r in certificates)
+                row["mean certified radius"] = float(radii.mean())
+                row["certified accuracy at threshold"] = float(certified(radii, spec.threshold, norm).mean())
+                row["certificate"] = "proved" if proved else "estimated"
+            published = PUBLISHED.get(kinds.get(model, ""), {}).get(norm)
+            if published is not None:
+                row["published median"] = published.median
+                row["published accuracy"] = published.accuracy
+            rows.append(row)
+    return rows
+
+
+def model_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, str]) -> list[Row]:
+    """One row a model: clean accuracy, median confidence, the published accuracy, who was fooled by noise with 90 %
+    confidence, seconds over all measurements."""
+    labels = data.labels.numpy()
+    rows: list[Row] = []
+    for model in dict.fromkeys(r.model for r in results):
+        own = {r.attack: r for r in results if r.model == model}
+        row: Row = {"model": model, "images": len(labels)}
+        clean = own.get(CLEAN.name)
+        if clean is not None and len(labels):
+            done = "predictions" in clean.arrays
+            row["clean accuracy"] = float((clean.arrays["predictions"] == labels).mean()) if done else None
+            row["median confidence"] = float(np.median(clean.arrays["confidences"])) if done else None
+        published = PUBLISHED.get(kinds.get(model, ""))
+        if published is not None:
+            row["published accuracy"] = next(iter(published.values())).clean
+        distal = own.get(DISTAL.name)
+        if distal is not None and "fooled" in distal.arrays:
+            fooled = distal.arrays["fooled"]
+            row["fooled by noise"] = f"{int(fooled.sum())} of {len(fooled)}"
+        row["seconds"] = sum(r.seconds for r in own.values())
         rows.append(row)
     return rows
 
 
-def attack_rows(results: Sequence[Result]) -> list[dict[str, float | str | None]]:
+def attack_rows(results: Sequence[Result]) -> list[Row]:
     """One row a model and attack: norm, success rate and median distance over the images that the model classifies
     correctly, queries and gradients an image, seconds."""
-    rows: list[dict[str, float | str | None]] = []
+    rows: list[Row] = []
     for result in results:
-        if result.attack == CLEAN or result.error is not None or not result.arrays:
+        if "distances" not in result.arrays:
             continue
         distances = result.arrays["distances"]
         attacked = distances[distances > 0]
@@ -79,12 +130,26 @@ def attack_rows(results: Sequence[Result]) -> list[dict[str, float | str | None]
     return rows
 
 
+def certified(radii: npt.NDArray[np.float64], threshold: float, norm: Norm) -> npt.NDArray[np.bool_]:
+    """Which images no perturbation of norm at most ``threshold`` takes to another class."""
+    return radii >= threshold if norm == "l0" else radii > threshold
+
+
+def _strongest(attacks: Sequence[Result]) -> str:
+    if not attacks:
+        return ""
+    distances = np.stack([r.arrays["distances"] for r in attacks])
+    attacked = distances[:, (distances.min(0) > 0) & np.isfinite(distances.min(0))]
+    wins = Counter(attacks[i].attack for i in attacked.argmin(0))
+    return wins.most_common(1)[0][0] if wins else ""
+
+
 def _mean(result: Result, what: str) -> float:
-    return float(result.arrays[what].mean()) if result.arrays and len(result.arrays[what]) else 0.0
+    return float(result.arrays[what].mean()) if len(result.arrays[what]) else 0.0
 
 
 def format_value(column: str, value: float | str | None) -> str:
-    """A cell as it is printed; an empty one says that nothing was measured."""
+    """A cell as it is printed."""
     if value is None:
         return "failed"
     if isinstance(value, str):
@@ -98,7 +163,24 @@ def format_value(column: str, value: float | str | None) -> str:
     return "none found" if np.isinf(value) else f"{value:.3g}"
 
 
-def write_csv(rows: Sequence[dict[str, float | str | None]], path: str | Path) -> None:
+def formatted(rows: Sequence[Mapping[str, float | str | None]]) -> list[dict[str, str]]:
+    """The rows as they are printed, all with the same columns; an empty cell: nothing was measured."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{c: format_value(c, row[c]) if c in row else "" for c in columns} for row in rows]
+
+
+def write_table(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """``name.csv`` at full precision, ``name.txt`` and ``name.tex`` (booktabs) as printed."""
+    write_csv(rows, folder / f"{name}.csv")
+    for ending, style in {"txt": "simple", "tex": "latex_booktabs"}.items():
+        with replace_atomically(folder / f"{name}.{ending}") as path:
+            text = tabulate(formatted(rows), headers="keys", tablefmt=style, disable_numparse=True)
+            if ending == "tex":
+                text = text.replace("L∞", r"$L_\infty$")
+            path.write_text(text + "\n")
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     """The rows at full precision; the file is replaced as a whole."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with replace_atomically(path) as temporary, temporary.open("w", newline="") as file:

@@ -1,14 +1,25 @@
-"""ABS models as PyTorch modules, their weights and the import of the authors' checkpoints."""
+"""ABS models and the paper's baselines as PyTorch modules, their weights, the import of the authors' checkpoints."""
 
 from abs_defense.models._abs import ABS, BinaryABS, Gradient
-from abs_defense.models._registry import MODEL_NAMES, load_model
+from abs_defense.models._baselines import (
+    BASELINE_NAMES,
+    NEAREST_NEIGHBOR,
+    NETWORKS,
+    NearestNeighbor,
+    Network,
+    bundled_baselines,
+    load_baseline,
+    save_baseline,
+    untrained_network,
+)
+from abs_defense.models._classifier import Classifier
+from abs_defense.models._registry import ABS_NAMES, MODEL_NAMES, load_card, load_model
 from abs_defense.models._vae import VAE
 from abs_defense.models._weights import (
     Calibration,
     Weights,
     bundled_weights,
     fold_decoders,
-    load_card,
     load_weights,
     save_weights,
     unfold_decoders,
@@ -16,17 +27,28 @@ from abs_defense.models._weights import (
 
 __all__ = [
     "ABS",
+    "ABS_NAMES",
+    "BASELINE_NAMES",
     "MODEL_NAMES",
+    "NEAREST_NEIGHBOR",
+    "NETWORKS",
     "VAE",
     "BinaryABS",
     "Calibration",
+    "Classifier",
     "Gradient",
+    "NearestNeighbor",
+    "Network",
     "Weights",
+    "bundled_baselines",
     "bundled_weights",
     "fold_decoders",
+    "load_baseline",
     "load_card",
     "load_model",
     "load_weights",
+    "save_baseline",
     "save_weights",
     "unfold_decoders",
+    "untrained_network",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -24,14 +25,14 @@ from abs_defense.inference import (
     sample_latents,
     unrolled_gradient,
 )
-from abs_defense.models._images import check_images
+from abs_defense.models._classifier import Classifier
+from abs_defense.models._images import BINARY_THRESHOLD, check_images
 from abs_defense.models._weights import Weights, load_weights
 
 Gradient = Literal["envelope", "unrolled", "none"]
-BINARY_THRESHOLD = 0.5
 
 
-class ABS(nn.Module):
+class ABS(Classifier):
     """Analysis by Synthesis: which class's generative model explains the image best?
 
     For each class y the energy ``E_y(x) = min_z ||G_y(z) - x||^2 + beta * 0.5 ||z||^2`` is minimised by inference:
@@ -146,19 +147,12 @@ class ABS(nn.Module):
         logits = -self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS
         return logits.float()
 
-    def predict_proba(self, images: Tensor) -> Tensor:
-        """Confidence softmax p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta), ``(N, C)`` (eq. 8).
+    def confidence_softmax(self, logits: Tensor) -> Tensor:
+        """p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta) from logits, ``(N, C) -> (N, C)`` (eq. 8).
 
         The offset eta makes the confidence uniform, not high, far from the data; there it no longer tells which class
         is best, so take predictions from the logits.
-
-        Raises:
-            TypeError, ValueError: as ``forward``.
         """
-        return self.confidence_softmax(self(images))
-
-    def confidence_softmax(self, logits: Tensor) -> Tensor:
-        """``predict_proba`` from logits that are already known: ``(N, C) -> (N, C)``."""
         likelihood = logits.exp() + self.eta.to(logits.dtype)
         return likelihood / likelihood.sum(dim=1, keepdim=True)
 
@@ -187,13 +181,15 @@ class ABS(nn.Module):
             eta=float(self.eta),
         )
 
-    def weights_sha256(self) -> str:
-        """Digest of the weights and calibration in use: which model a number was measured on."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().double().cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def describe(self) -> dict[str, Any]:
+        """Settings that its outputs depend on besides the weights."""
+        return {
+            **asdict(self.settings),
+            "gradient": self.gradient,
+            "prototypes": self.prototype_latents.shape[-2],
+            "prototypes_sha256": hashlib.sha256(self.prototype_latents.cpu().numpy().tobytes()).hexdigest(),
+            "prototype_seed": self.seed,
+        }
 
     def _flatten(self, images: Tensor) -> Tensor:
         return self._see(images.detach()).flatten(1).to(self._dtype).clone()

@@ -8,6 +8,7 @@ from torch import Tensor
 from abs_defense.inference import IMAGE_SHAPE
 
 TOLERANCE = 1e-3
+BINARY_THRESHOLD = 0.5
 
 
 def check_images(images: Tensor) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from abs_defense.models._abs import ABS, BinaryABS, Gradient
-from abs_defense.models._weights import Weights, load_weights
+from abs_defense.models._baselines import BASELINE_NAMES, bundled_baselines, load_baseline
+from abs_defense.models._classifier import Classifier
+from abs_defense.models._weights import Weights, bundled_weights, load_weights
 
 
 def _prototype_abs(weights: str | Path | Weights, **settings: Any) -> ABS:
@@ -15,32 +18,70 @@ def _prototype_abs(weights: str | Path | Weights, **settings: Any) -> ABS:
     return ABS(loaded, prototypes=8000 if loaded.prototypes is None else loaded.prototypes, steps=0, **settings)
 
 
-_MODELS: dict[str, Callable[..., ABS]] = {
+_ABS_MODELS: dict[str, Callable[..., ABS]] = {
     "abs": ABS,
     "binary-abs": BinaryABS,
     "prototype-abs": _prototype_abs,
 }
 
-MODEL_NAMES = tuple(_MODELS)
+ABS_NAMES = tuple(_ABS_MODELS)
+MODEL_NAMES = (*ABS_NAMES, *BASELINE_NAMES)
 
 
+@overload
+def load_model(
+    name: Literal["abs", "binary-abs", "prototype-abs"],
+    *,
+    weights: str | Path | Weights | None = None,
+    gradient: Gradient = "envelope",
+    seed: int = 0,
+) -> ABS: ...
+@overload
 def load_model(
     name: str,
     *,
-    weights: str | Path | Weights = "mnist",
+    weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
     seed: int = 0,
-) -> ABS:
+) -> Classifier: ...
+def load_model(
+    name: str,
+    *,
+    weights: str | Path | Weights | None = None,
+    gradient: Gradient = "envelope",
+    seed: int = 0,
+) -> Classifier:
     """A ready model by name, in evaluation mode on the CPU.
 
     Args:
-        name: ``"abs"``, ``"binary-abs"`` or ``"prototype-abs"``: ABS without latent descent, on the
-            prototypes that come with the weights, or on 8000 samples of the prior if none do.
-        weights, gradient, seed: as for ``ABS``.
+        name: ``"abs"``, ``"binary-abs"``, ``"prototype-abs"`` (ABS without latent descent, on the prototypes that
+            come with the weights, or on 8000 samples of the prior if none do), or one of the paper's baselines:
+            ``"cnn"``, ``"binary-cnn"``, ``"nearest-neighbor"``, ``"madry"``.
+        weights: None for the bundled ones; else as for ``ABS``, or a file of the baseline. For
+            ``"nearest-neighbor"`` also a folder with MNIST's IDX files, of which all training images are stored.
+        gradient, seed: as for ``ABS``; of no effect on baselines.
 
     Raises:
-        ValueError: no model of that name.
+        FileNotFoundError: no such weights.
+        ValueError: no model of that name, or weights of another one.
     """
-    if name not in _MODELS:
+    if name in _ABS_MODELS:
+        return _ABS_MODELS[name]("mnist" if weights is None else weights, gradient=gradient, seed=seed)
+    if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
-    return _MODELS[name](weights, gradient=gradient, seed=seed)
+    if isinstance(weights, Weights):
+        raise ValueError(f"weights: expected a file for {name!r}, got weights of ABS")
+    return load_baseline(name, weights)
+
+
+def load_card(name: str) -> dict[str, Any]:
+    """The card of bundled weights (``"mnist"`` or a baseline): data, recipe, seed, command, date, sha256, test figures.
+
+    Raises:
+        FileNotFoundError: no such bundled weights.
+    """
+    bundled = {**bundled_weights(), **bundled_baselines()}
+    if name not in bundled:
+        raise FileNotFoundError(f"no bundled weights {name!r}: expected one of {', '.join(bundled) or 'none'}")
+    card: dict[str, Any] = json.loads(bundled[name].with_suffix(".json").read_text())
+    return card

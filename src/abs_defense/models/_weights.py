@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -66,16 +65,6 @@ def bundled_weights() -> dict[str, Path]:
     """Names and files of the weights in this package."""
     folder = Path(str(importlib.resources.files("abs_defense.models") / "bundled"))
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-
-
-def load_card(name: str) -> dict[str, Any]:
-    """The card of bundled weights: data, recipe, seed, command, date, sha256, test figures.
-
-    Raises:
-        FileNotFoundError: no such bundled weights.
-    """
-    card: dict[str, Any] = json.loads(_bundled(name).with_suffix(".json").read_text())
-    return card
 
 
 def sha256(path: str | Path) -> str:

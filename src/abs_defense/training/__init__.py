@@ -1,18 +1,34 @@
-"""Training of the VAEs, and calibration on training data."""
+"""Training of the VAEs and of the baselines, and calibration on training data."""
 
+from abs_defense.training._baselines import (
+    RECIPES,
+    NetworkTraining,
+    accuracy,
+    condense,
+    robust_accuracy,
+    train_baseline,
+    train_network,
+)
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
 from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._run import load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 __all__ = [
+    "RECIPES",
+    "NetworkTraining",
     "VAETraining",
+    "accuracy",
     "calibrate",
     "calibrate_confidence",
     "calibrate_gamma",
     "choose_prototypes",
     "class_energies",
+    "condense",
     "load_vaes",
+    "robust_accuracy",
     "train_abs",
+    "train_baseline",
+    "train_network",
     "train_vaes",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from abs_defense._files import replace_atomically, require_writable_folder
-from abs_defense._versions import versions
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
 from abs_defense.models import (
-    MODEL_NAMES,
+    ABS,
+    ABS_NAMES,
     VAE,
     Calibration,
     Weights,
@@ -33,12 +32,12 @@ from abs_defense.models import (
 )
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
+from abs_defense.training._card import write_card
 from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 WEIGHTS = "abs.safetensors"
 VAES = "vaes.safetensors"
-CARD = "abs.json"
 PROTOTYPES = "prototypes.safetensors"
 
 
@@ -107,26 +106,20 @@ def train_abs(
     if test is not None:
         identity = {**identity, "weights": sha256(folder / WEIGHTS), "test": test.sha256()}
         figures = _stage(folder / "figures.json", identity, lambda: _test_figures(weights, test, device, progress))
-    card = {
-        "name": "ABS and Binary ABS, one VAE a class",
-        "data": train.name,
-        "data_sha256": train.sha256(),
-        "recipe": asdict(config),
-        "init_sha256": identity["init"],
-        "calibration_images": calibration_images,
-        "prototypes": prototypes,
-        "calibration": {**asdict(calibration), "gamma": list(calibration.gamma)},
-        "seed": config.seed,
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "sha256": sha256(folder / WEIGHTS),
-        "test_figures": figures,
-        "versions": versions(),
-        "licence": "Apache-2.0",
-    }
-    with replace_atomically(folder / CARD) as path:
-        path.write_text(json.dumps(card, indent=2) + "\n")
-    return card
+    return write_card(
+        folder / WEIGHTS,
+        command,
+        name="ABS and Binary ABS, one VAE a class",
+        data=train.name,
+        data_sha256=train.sha256(),
+        recipe=asdict(config),
+        init_sha256=identity["init"],
+        calibration_images=calibration_images,
+        prototypes=prototypes,
+        calibration={**asdict(calibration), "gamma": list(calibration.gamma)},
+        seed=config.seed,
+        test_figures=figures,
+    )
 
 
 def _save_once(path: Path, weights: Weights) -> None:
@@ -203,8 +196,8 @@ def _stage(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str,
 
 def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, progress: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"images": len(test), "data": test.name, "data_sha256": test.sha256()}
-    for name in MODEL_NAMES:
-        model = load_model(name, weights=weights)
+    for name in ABS_NAMES:
+        model = cast(ABS, load_model(name, weights=weights))
         energies = class_energies(model.to(device), test.images, progress=progress)
         figures[name] = {"accuracy": (energies.argmin(1) == test.labels).double().mean().item()}
     return figures

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import hashlib
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,8 @@ from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.models._vae import VAE
 from abs_defense.training._augment import augment, light_augmentation
+from abs_defense.training._checkpoint import load_checkpoint, save_checkpoint
 
-CHECKPOINT = "checkpoint.pt"
 LOSS_LOG = "losses.csv"
 _LOG_FIELDS = ["epoch", "class", "squared_error", "kl", "kl_weight", "learning_rate", "seconds"]
 
@@ -209,9 +208,7 @@ def train_vaes(
                 bar.set_postfix(epoch=epoch, error=f"{row['squared_error']:.2f}", kl=f"{row['kl']:.2f}")
             done = epoch + 1
             if done % config.checkpoint_every == 0 or done == config.epochs:
-                state = {"epochs_done": done, "recipe": recipe, "classes": [t.state() for t in trainers]}
-                with replace_atomically(folder / CHECKPOINT) as path:
-                    torch.save(state, path)
+                save_checkpoint(folder, recipe, {"epochs_done": done, "classes": [t.state() for t in trainers]})
             _write_log(folder / LOSS_LOG, rows)
             if after_epoch is not None:
                 after_epoch(done)
@@ -246,19 +243,9 @@ def _digest(vaes: Sequence[VAE]) -> str:
 
 
 def _resume(folder: Path, recipe: dict[str, Any], trainers: list[_ClassTrainer]) -> int:
-    path = folder / CHECKPOINT
-    if not path.exists():
+    state = load_checkpoint(folder, recipe)
+    if state is None:
         return 0
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({error}); remove it to start again") from error
-    if state["recipe"] != recipe:
-        different = sorted(k for k in recipe if state["recipe"].get(k) != recipe[k])
-        raise ValueError(
-            f"{path} belongs to another run: {', '.join(different) or 'the recipe'} differ. "
-            "Continue with the same settings and data, or choose another output folder."
-        )
     for trainer, saved in zip(trainers, state["classes"], strict=True):
         trainer.load(saved)
     return int(state["epochs_done"])

@@ -1,0 +1,213 @@
+"""One measurement of one model on some images: the arrays of a piece."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import foolbox
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter
+from abs_defense.benchmark._store import Arrays
+from abs_defense.benchmark._suite import NORMS, AttackSpec, CertificateSpec, DistalSpec, Measurement
+from abs_defense.certificates import certify
+from abs_defense.models import ABS, Classifier
+
+OnQueries = Callable[[int], None]
+_FINITE_DIFFERENCE_CHUNK = 1568
+_PROBE_IMAGES = 8
+
+
+def measure(
+    measurement: Measurement, model: nn.Module, x: Tensor, y: Tensor, seed: int, on_queries: OnQueries | None = None
+) -> Arrays:
+    """Measure. All arrays have one row an image but ``seconds``, of computing, which has one.
+
+    - clean: ``predictions``, ``confidences``;
+    - attacks: ``distances`` (0 for images that are misclassified as they are, infinity where the attack failed),
+      ``adversarials``;
+    - certificates: ``radius``, ``correct``, ``rival``, ``proved``;
+    - distal adversarials: ``adversarials``, ``confidences``, ``predictions``, ``fooled``; a row a noise image;
+    - all: ``queries`` and ``gradients`` of the model, an image.
+
+    Foolbox's attacks draw from global random states; these are seeded and put back. ``on_queries`` is called with the
+    number of images of every model call.
+    """
+    started = time.perf_counter()
+    with _report_queries(model, on_queries), _seeded(seed):
+        if isinstance(measurement, AttackSpec):
+            arrays = _attack(measurement, model, x, y)
+        elif isinstance(measurement, CertificateSpec):
+            arrays = _certify(measurement, model, x, y)
+        elif isinstance(measurement, DistalSpec):
+            arrays = _distal(measurement, model, x)
+        else:
+            arrays = _clean(model, x)
+    return {**arrays, "seconds": np.array([time.perf_counter() - started])}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a result of a model depends on: kind, settings, hash of the weights."""
+    kind = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
+    if isinstance(model, Classifier):
+        return {**kind, **model.describe(), "weights_sha256": model.weights_sha256()}
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return {**kind, "weights_sha256": digest.hexdigest()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is; the CPU if it has neither parameters nor buffers."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that a model takes for one image: a query, and a gradient besides the query."""
+
+    query: float
+    gradient: float
+
+    def of(self, measurement: Measurement) -> float:
+        """Expected seconds an image."""
+        return measurement.queries * self.query + measurement.gradients * self.gradient
+
+
+def probe(model: nn.Module, x: Tensor) -> Speed:
+    """Time a model on a few images."""
+    x = x[:_PROBE_IMAGES].to(device_of(model))
+    if not len(x):
+        return Speed(0.0, 0.0)
+
+    def query() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def gradient() -> None:
+        live = x.clone().requires_grad_()
+        torch.autograd.grad(model(live).logsumexp(1).sum(), live)
+
+    query()
+    forward = _seconds(query)
+    try:
+        both = _seconds(gradient)
+    except RuntimeError:  # a model without gradients
+        both = forward
+    return Speed(forward / len(x), max(0.0, both - forward) / len(x))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _confidences(model: nn.Module, logits: Tensor) -> Tensor:
+    return model.confidence_softmax(logits) if isinstance(model, Classifier) else logits.softmax(1)
+
+
+def _clean(model: nn.Module, x: Tensor) -> Arrays:
+    with torch.no_grad():
+        logits = model(x)
+        predictions, confidences = logits.argmax(dim=1), _confidences(model, logits).amax(dim=1)
+    return {
+        "predictions": predictions.cpu().numpy(),
+        "confidences": confidences.cpu().numpy(),
+        **_counts(np.ones(len(x)), np.zeros(len(x))),
+    }
+
+
+def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:
+    assert spec.norm is not None
+    counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
+    attacked = (
+        FiniteDifferenceModel(counter, chunk=_FINITE_DIFFERENCE_CHUNK) if spec.gradient == "estimated" else counter
+    )
+    adversarials, _, _ = spec.make(x.device)(attacked, x, y, epsilons=None)
+    with torch.no_grad():
+        fooled = model(adversarials).argmax(1) != y
+        misclassified = model(x).argmax(1) != y
+    distances = NORMS[spec.norm].distance(x, adversarials)
+    distances = torch.where(fooled, distances, torch.inf)
+    distances = torch.where(misclassified, 0.0, distances)
+    return {
+        "distances": distances.cpu().numpy(),
+        "adversarials": adversarials.cpu().numpy(),
+        **_counts(counter.queries, counter.gradients),
+    }
+
+
+def _certify(spec: CertificateSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:
+    assert spec.norm is not None
+    if not isinstance(model, ABS):
+        raise ValueError(f"certificates are for ABS models, not for {type(model).__name__}")
+    certificate = certify(model, x, y, spec.norm, spec.method, **spec.settings)
+    return {
+        "radius": certificate.radius.cpu().numpy(),
+        "correct": certificate.correct.cpu().numpy(),
+        "rival": certificate.rival.cpu().numpy(),
+        "proved": np.full(len(x), certificate.proved),
+        **_counts(np.zeros(len(x)), np.zeros(len(x))),
+    }
+
+
+def _distal(spec: DistalSpec, model: nn.Module, x: Tensor) -> Arrays:
+    noise = torch.rand((len(x), *x.shape[1:])).to(x)
+    counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
+    adversarials, _, fooled = DistalAttack(steps=spec.settings["steps"])(counter, noise)
+    with torch.no_grad():
+        logits = model(adversarials)
+        confidences = _confidences(model, logits).amax(1)
+    return {
+        "adversarials": adversarials.cpu().numpy(),
+        "fooled": fooled.cpu().numpy(),
+        "confidences": confidences.cpu().numpy(),
+        "predictions": logits.argmax(1).cpu().numpy(),
+        **_counts(counter.queries, counter.gradients),
+    }
+
+
+def _counts(queries: Any, gradients: Any) -> Arrays:
+    return {"queries": np.asarray(queries, dtype=np.float64), "gradients": np.asarray(gradients, dtype=np.float64)}
+
+
+@contextmanager
+def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[None]:
+    def report(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        assert on_queries is not None
+        on_queries(len(output))
+
+    handle = None if on_queries is None else model.register_forward_hook(report)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

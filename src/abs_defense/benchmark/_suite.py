@@ -1,0 +1,380 @@
+"""The suite: which models are measured how. Presets, and additions from Python or a TOML file."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import foolbox
+from foolbox import attacks as fa
+from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
+from torch import nn
+
+from abs_defense.attacks import (
+    EpsilonSearchAttack,
+    L0BisectorAttack,
+    L2BisectorAttack,
+    LatentDescentAttack,
+    LInfBisectorAttack,
+    PointwiseAttack,
+    StartedAttack,
+)
+from abs_defense.certificates import NORM_NAMES, Method, Norm
+from abs_defense.models import ABS_NAMES, MODEL_NAMES, load_model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Factory = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """How distances of a norm are shown: its symbol, the paper's threshold, and how to measure it."""
+
+    label: str
+    threshold: float
+    distance: Any
+
+
+NORMS: dict[Norm, NormSpec] = {
+    "l2": NormSpec("L2", 1.5, foolbox.distances.l2),
+    "linf": NormSpec("L∞", 0.3, foolbox.distances.linf),
+    "l0": NormSpec("L0", 12.0, foolbox.distances.l0),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of the evaluation.
+
+    Attributes:
+        name: used in files and tables.
+        factory: gives a module of images in [0, 1] that returns logits; or ``"package.module:attribute"``.
+        settings: keyword arguments of the factory.
+        kind: which of the suite's measurements apply; one of our models' names, or anything else for those that serve
+            every model.
+    """
+
+    name: str
+    factory: Factory
+    settings: dict[str, Any] = field(default_factory=dict)
+    kind: str = "other"
+
+    def make(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        model: nn.Module = _resolve(self.factory)(**self.settings)
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something to find out about a model and images.
+
+    Attributes:
+        name: used in files and tables.
+        norm: of the distances or radii; None if there are none.
+        settings: part of every result.
+        models: kinds that it serves; empty for all.
+        queries, gradients: expected an image, for estimates of the time.
+        piece: the most images of one piece of work.
+    """
+
+    name: str
+    norm: Norm | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    models: Sequence[str] = ()
+    queries: float = 1
+    gradients: float = 0
+    piece: int = 50
+
+    def serves(self, kind: str) -> bool:
+        return not self.models or kind in self.models
+
+    def identity(self) -> dict[str, Any]:
+        """What its results depend on, besides the model, the images and the seed."""
+        return self.settings
+
+
+@functools.cache
+def _surrogate(name: str) -> tuple[nn.Module, str]:
+    model = load_model(name)
+    return model, model.weights_sha256()
+
+
+@dataclass(frozen=True)
+class AttackSpec(Measurement):
+    """A foolbox attack.
+
+    Attributes:
+        factory: makes the attack from the settings; or ``"package.module:attribute"``.
+        epsilons: for attacks of a fixed epsilon: those to try, see ``EpsilonSearchAttack``.
+        gradient: the model's own, or ``"estimated"`` by coordinate-wise finite differences (2 * 784 queries each).
+        surrogate: name of the model on which an attack of a fixed epsilon is crafted, for a transfer attack.
+    """
+
+    factory: Factory = ""
+    epsilons: Sequence[float] = ()
+    gradient: Literal["model", "estimated"] = "model"
+    surrogate: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            **self.settings,
+            "factory": _name(self.factory),
+            "epsilons": list(self.epsilons),
+            "gradient": self.gradient,
+            "surrogate": None if self.surrogate is None else [self.surrogate, _surrogate(self.surrogate)[1]],
+        }
+
+    def make(self, device: Any = "cpu") -> MinimizationAttack:
+        attack = _resolve(self.factory)(**self.settings)
+        if self.surrogate is not None or isinstance(attack, FixedEpsilonAttack):
+            surrogate = None
+            if self.surrogate is not None:
+                model = copy.deepcopy(_surrogate(self.surrogate)[0]).to(device)
+                surrogate = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
+            return EpsilonSearchAttack(attack, self.epsilons, surrogate=surrogate)
+        return cast(MinimizationAttack, attack)
+
+
+@dataclass(frozen=True)
+class CertificateSpec(Measurement):
+    """Certified radii of an ABS model.
+
+    Attributes:
+        method: of ``certify``.
+    """
+
+    method: Method = "bisector"
+    piece: int = 500
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.settings, "method": self.method, "norm": self.norm}
+
+
+@dataclass(frozen=True)
+class DistalSpec(Measurement):
+    """Distal adversarials: from noise to 90 % confidence. The noise takes the place of the first images.
+
+    Attributes:
+        images: number of noise images.
+    """
+
+    images: int = 5
+
+
+CLEAN = Measurement("clean")
+DISTAL = DistalSpec("distal", settings={"steps": 60}, queries=31, gradients=30)
+
+ABS_WITH_DESCENT = ("abs", "binary-abs")
+NETWORK_KINDS = ("cnn", "binary-cnn", "nearest-neighbor", "madry", "other")
+
+_L2_EPSILONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0)
+_LINF_EPSILONS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+
+
+def _started(attack: Callable[..., MinimizationAttack], **settings: Any) -> MinimizationAttack:
+    return StartedAttack(attack(**settings))
+
+
+def _pointwise_from_bisector(**settings: Any) -> MinimizationAttack:
+    return PointwiseAttack(init_attack=L0BisectorAttack(), **settings)
+
+
+BOUNDARY = partial(_started, fa.BoundaryAttack)
+HOP_SKIP_JUMP = partial(_started, fa.HopSkipJumpAttack)
+L2_BRENDEL_BETHGE = partial(_started, fa.L2BrendelBethgeAttack)
+LINF_BRENDEL_BETHGE = partial(_started, fa.LinfinityBrendelBethgeAttack)
+L0_BRENDEL_BETHGE = partial(_started, fa.L0BrendelBethgeAttack)
+POINTWISE_FROM_BISECTOR = _pointwise_from_bisector
+L2_POINTWISE = partial(PointwiseAttack, norm="l2")
+
+
+def _attack(
+    name: str,
+    norm: Norm,
+    factory: Factory,
+    queries: float,
+    gradients: float = 0,
+    models: Sequence[str] = (),
+    epsilons: Sequence[float] = (),
+    surrogate: str | None = None,
+    **settings: Any,
+) -> AttackSpec:
+    return AttackSpec(
+        name,
+        norm,
+        settings,
+        models,
+        queries,
+        gradients,
+        factory=factory,
+        epsilons=epsilons,
+        surrogate=surrogate,
+    )
+
+
+def _with_estimates(spec: AttackSpec) -> tuple[AttackSpec, AttackSpec]:
+    """The attack with the model's gradient, and with the paper's estimated one."""
+    queries = spec.queries + 2 * 784 * spec.gradients
+    estimated = replace(spec, name=f"{spec.name}-estimated", gradient="estimated", queries=queries, gradients=0.0)
+    return spec, estimated
+
+
+# name, norm, attack, expected queries and gradients an image, settings.
+QUICK: Sequence[Measurement] = (
+    CLEAN,
+    _attack("l2-bisector", "l2", L2BisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("ddn", "l2", fa.DDNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
+    _attack("linf-bisector", "linf", LInfBisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("linf-fmn", "linf", fa.LInfFMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
+    _attack("l0-bisector", "l0", L0BisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("pointwise", "l0", PointwiseAttack, 300, models=NETWORK_KINDS),
+    CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)),
+    DISTAL,
+)
+
+PAPER: Sequence[Measurement] = (
+    CLEAN,
+    # L2
+    _attack("l2-transfer", "l2", fa.L2BasicIterativeAttack, 24, epsilons=_L2_EPSILONS, surrogate="cnn"),
+    _attack(
+        "gaussian-noise",
+        "l2",
+        fa.L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack,
+        260,
+        epsilons=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20),
+        repeats=20,
+    ),
+    _attack("boundary", "l2", BOUNDARY, 5100, steps=5000),
+    _attack("pointwise-l2", "l2", L2_POINTWISE, 1200),
+    *_with_estimates(_attack("fgm", "l2", fa.L2FastGradientAttack, 24, 12, epsilons=_L2_EPSILONS)),
+    *_with_estimates(_attack("l2-deepfool", "l2", fa.L2DeepFoolAttack, 50, 50, steps=50)),
+    *_with_estimates(_attack("l2-bim", "l2", fa.L2BasicIterativeAttack, 130, 120, epsilons=_L2_EPSILONS)),
+    _attack("latent-descent", "l2", LatentDescentAttack, 130, models=ABS_WITH_DESCENT),
+    # L-infinity
+    _attack("linf-transfer", "linf", fa.LinfBasicIterativeAttack, 24, epsilons=_LINF_EPSILONS, surrogate="cnn"),
+    *_with_estimates(_attack("fgsm", "linf", fa.LinfFastGradientAttack, 24, 12, epsilons=_LINF_EPSILONS)),
+    *_with_estimates(_attack("linf-deepfool", "linf", fa.LinfDeepFoolAttack, 50, 50, steps=50)),
+    *_with_estimates(_attack("linf-bim", "linf", fa.LinfBasicIterativeAttack, 130, 120, epsilons=_LINF_EPSILONS)),
+    *_with_estimates(_attack("mim", "linf", fa.MIFGSM, 130, 120, epsilons=_LINF_EPSILONS)),
+    # L0
+    _attack("salt-and-pepper", "l0", fa.SaltAndPepperNoiseAttack, 500, steps=500),
+    _attack("pointwise", "l0", PointwiseAttack, 1800, restarts=10),
+    DISTAL,
+)
+
+TODAY: Sequence[Measurement] = (
+    _attack("l2-bisector", "l2", L2BisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
+    _attack("ddn", "l2", fa.DDNAttack, 102, 100, steps=100),
+    _attack("l2-fmn", "l2", fa.L2FMNAttack, 102, 100, steps=100),
+    _attack("l2-brendel-bethge", "l2", L2_BRENDEL_BETHGE, 300, 200, steps=200),
+    _attack("hop-skip-jump", "l2", HOP_SKIP_JUMP, 6000, steps=20, max_gradient_eval_steps=400),
+    _attack("linf-bisector", "linf", LInfBisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
+    _attack("linf-fmn", "linf", fa.LInfFMNAttack, 102, 100, steps=100),
+    _attack("linf-brendel-bethge", "linf", LINF_BRENDEL_BETHGE, 300, 200, steps=200),
+    _attack("l0-bisector", "l0", L0BisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
+    _attack("l0-bisector-pointwise", "l0", POINTWISE_FROM_BISECTOR, 110, models=ABS_NAMES, restarts=3),
+    _attack("l0-fmn", "l0", fa.L0FMNAttack, 102, 100, steps=100),
+    _attack("l0-brendel-bethge", "l0", L0_BRENDEL_BETHGE, 300, 200, steps=200),
+    CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)),
+    CertificateSpec("bisector-l2-estimated", "l2", models=ABS_WITH_DESCENT, queries=25, piece=50),
+    CertificateSpec("bisector-linf", "linf", models=("prototype-abs",)),
+    CertificateSpec("bisector-l0", "l0", models=("prototype-abs",)),
+)
+
+PRESETS: dict[str, Sequence[Measurement]] = {"quick": QUICK, "paper": PAPER, "full": (*PAPER, *TODAY)}
+
+
+def choose_measurements(
+    preset: str, names: Sequence[str] = (), *, skip: Sequence[str] = (), added: Sequence[Measurement] = ()
+) -> Sequence[Measurement]:
+    """The measurements of a preset and the added ones; or with ``names`` the clean figures and the named ones of all
+    presets. Those in ``skip`` are left out.
+
+    Raises:
+        ValueError: no such preset or measurement.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    everything = {m.name: m for m in (*PRESETS["quick"], *PRESETS["full"], *PRESETS[preset], *added)}
+    for name in (*names, *skip):
+        if name not in everything:
+            raise ValueError(f"measurement: expected one of {', '.join(everything)}, got {name!r}")
+    chosen = [CLEAN, *(everything[name] for name in names)] if names else [*PRESETS[preset], *added]
+    unique = {measurement.name: measurement for measurement in chosen}
+    return [m for m in unique.values() if m.name not in skip]
+
+
+def our_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -> ModelSpec:
+    """One of the models of ``load_model``; ``weights`` and ``seed`` are for those of ABS."""
+    settings: dict[str, Any] = {"name": name}
+    if name in ABS_NAMES:
+        settings |= {"weights": None if weights is None else str(weights), "seed": seed}
+    return ModelSpec(name, load_model, settings, kind=name)
+
+
+def load_additions(path: str | Path) -> tuple[list[ModelSpec], list[Measurement]]:
+    """Models and attacks from a TOML file, with ``[[models]]`` (name, factory, settings, kind) and ``[[attacks]]``
+    (name, norm, factory, settings, epsilons, gradient, surrogate, models, queries, gradients).
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no TOML, or an entry is wrong.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            raw = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: {error}") from error
+    unknown = raw.keys() - {"models", "attacks"}
+    if unknown:
+        raise ValueError(f"{path}: expected [[models]] and [[attacks]], got {', '.join(sorted(unknown))}")
+    models = [_entry(path, ModelSpec, entry) for entry in raw.get("models", [])]
+    attacks = [_entry(path, AttackSpec, entry) for entry in raw.get("attacks", [])]
+    for attack in attacks:
+        if attack.norm not in NORM_NAMES:
+            raise ValueError(f"{path}: attack {attack.name!r}: norm: expected l2, linf or l0, got {attack.norm!r}")
+        if attack.surrogate not in (None, *MODEL_NAMES):
+            raise ValueError(f"{path}: attack {attack.name!r}: no model {attack.surrogate!r} to craft on")
+    for spec in (*models, *attacks):
+        _resolve(spec.factory)
+    return models, list(attacks)
+
+
+def _entry(path: str | Path, kind: type[Any], raw: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    except TypeError as error:
+        raise ValueError(f"{path}: {raw.get('name', 'an entry without a name')}: {error}") from error
+
+
+def _resolve(factory: Factory) -> Callable[..., Any]:
+    if not isinstance(factory, str):
+        return factory
+    module, _, attribute = factory.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"factory: expected 'package.module:attribute', got {factory!r}: {error}") from error
+    return cast(Callable[..., Any], found)
+
+
+def _name(factory: Factory) -> str:
+    if isinstance(factory, str):
+        return factory
+    if isinstance(factory, partial):
+        return ", ".join(_name(part) for part in (factory.func, *factory.args) if callable(part))
+    return f"{factory.__module__}:{factory.__qualname__}"

@@ -1,0 +1,42 @@
+"""What all models of this package have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """A model of ``(N, 1, 28, 28)`` images in [0, 1] that returns ``(N, C)`` logits, ready to be evaluated."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Settings that its outputs depend on besides the weights."""
+
+    def predict_proba(self, images: Tensor) -> Tensor:
+        """Probabilities of the classes, ``(N, C)``.
+
+        Raises:
+            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
+        """
+        return self.confidence_softmax(self(images))
+
+    def confidence_softmax(self, logits: Tensor) -> Tensor:
+        """``predict_proba`` from logits that are already known: ``(N, C) -> (N, C)``."""
+        return logits.softmax(dim=1)
+
+    def weights_sha256(self) -> str:
+        """Digest of the weights and calibration in use: which model a number was measured on."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()
