@@ -11,7 +11,6 @@ from abs_defense import ABS, BinaryABS
 from abs_defense.art import ABSClassifier, LatentDescent, Pointwise
 from abs_defense.attacks import LatentDescentAttack, PointwiseAttack
 
-
 pytestmark = pytest.mark.touches_random_state  # ART's predict shuffles nothing, but draws
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from abs_defense.data import ImageSet, download_mnist, foolbox_digits, load_idx_dataset
 from abs_defense.models import (
     ABS_NAMES,
-    BASELINE_NAMES,
     MODEL_NAMES,
     NEAREST_NEIGHBOR,
+    available_models,
     bundled_baselines,
     bundled_weights,
     load_card,
@@ -99,10 +99,7 @@ def evaluate(
     )
 
     added_models, added_attacks = load_additions(add) if add is not None else ([], [])
-    if model is None and added_models:
-        names = []
-    else:
-        names = _model_names(model, (*ABS_NAMES, *(n for n in BASELINE_NAMES if n in bundled_baselines())))
+    names = [] if model is None and added_models else _model_names(model, available_models())
     models = [our_model(name, weights=weights, seed=seed) for name in names]
     if nearest_neighbor_data is not None:
         stored = {"name": NEAREST_NEIGHBOR, "weights": str(nearest_neighbor_data)}
@@ -300,6 +297,46 @@ def train_nearest_neighbor_command(
 ) -> None:
     """Nearest neighbour on k-means centroids of the training images."""
     _train_baseline("nearest-neighbor", data_dir, download, out, device, test, count=count)
+
+
+@train_app.command("certified")
+def train_certified_command(
+    weights: WeightsSource = "mnist",
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, losses and weights.")] = Path("certified-training"),
+    download: Download = False,
+    prototypes: Annotated[int | None, typer.Option(min=1, help="Only the first so many prototypes a class.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, of the decoders.")] = 1e-4,
+    latent_learning_rate: Annotated[float, typer.Option(help="Adam's, of the latents.")] = 3e-3,
+    margin: Annotated[float, typer.Option(help="L2 radius up to which a larger one is rewarded.")] = 2.5,
+    test: Test = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune decoders and prototypes for certified radii. Continues in --out where it was stopped."""
+    from abs_defense.training import CertifiedTraining, train_certified_abs
+
+    start = load_weights(weights)
+    if prototypes is not None and start.prototypes is not None:
+        start = replace(start, prototypes=start.prototypes[:, :prototypes])
+    config = CertifiedTraining(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        latent_learning_rate=latent_learning_rate,
+        margin=margin,
+        seed=seed,
+    )
+    card = train_certified_abs(
+        start,
+        _train_images(data_dir, download),
+        out,
+        config,
+        test=_all_test_images(data_dir) if test else None,
+        device=_device(device),
+        command=_command(),
+    )
+    Console().print_json(json.dumps(card))
 
 
 def _train_baseline(

@@ -22,6 +22,7 @@ from abs_defense.benchmark._suite import NORMS, CertificateSpec, our_model
 from abs_defense.benchmark._table import Row, certified, write_csv
 from abs_defense.certificates import Method, Norm
 from abs_defense.data import ImageSet
+from abs_defense.models import PROTOTYPE_NAMES
 
 THRESHOLDS: dict[Norm, tuple[float, ...]] = {
     "l2": (0.5, 1.0, 1.5, 2.0),
@@ -103,7 +104,7 @@ def run_certification(
         results: list[Result] = []
         for number in range(seed, seed + seeds):
             model = our_model(name, weights=weights, seed=number)
-            proved = name == "prototype-abs"
+            proved = name in PROTOTYPE_NAMES
             measurement = CertificateSpec(
                 f"certify-{method}",
                 norm,

@@ -27,7 +27,7 @@ from abs_defense.attacks import (
     StartedAttack,
 )
 from abs_defense.certificates import NORM_NAMES, Method, Norm
-from abs_defense.models import ABS_NAMES, MODEL_NAMES, load_model
+from abs_defense.models import ABS_NAMES, MODEL_NAMES, PROTOTYPE_NAMES, load_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -240,7 +240,7 @@ QUICK: Sequence[Measurement] = (
     _attack("linf-fmn", "linf", fa.LInfFMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
     _attack("l0-bisector", "l0", L0BisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
     _attack("pointwise", "l0", PointwiseAttack, 300, models=NETWORK_KINDS),
-    CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)),
+    CertificateSpec("bisector-l2", "l2", models=PROTOTYPE_NAMES),
     DISTAL,
 )
 
@@ -287,10 +287,10 @@ TODAY: Sequence[Measurement] = (
     _attack("l0-bisector-pointwise", "l0", POINTWISE_FROM_BISECTOR, 110, models=ABS_NAMES, restarts=3),
     _attack("l0-fmn", "l0", fa.L0FMNAttack, 102, 100, steps=100),
     _attack("l0-brendel-bethge", "l0", L0_BRENDEL_BETHGE, 300, 200, steps=200),
-    CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)),
+    CertificateSpec("bisector-l2", "l2", models=PROTOTYPE_NAMES),
     CertificateSpec("bisector-l2-estimated", "l2", models=ABS_WITH_DESCENT, queries=25, piece=50),
-    CertificateSpec("bisector-linf", "linf", models=("prototype-abs",)),
-    CertificateSpec("bisector-l0", "l0", models=("prototype-abs",)),
+    CertificateSpec("bisector-linf", "linf", models=PROTOTYPE_NAMES),
+    CertificateSpec("bisector-l0", "l0", models=PROTOTYPE_NAMES),
 )
 
 PRESETS: dict[str, Sequence[Measurement]] = {"quick": QUICK, "paper": PAPER, "full": (*PAPER, *TODAY)}
@@ -317,10 +317,11 @@ def choose_measurements(
 
 
 def our_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -> ModelSpec:
-    """One of the models of ``load_model``; ``weights`` and ``seed`` are for those of ABS."""
+    """One of ``load_model``; ``seed`` is for the models of ABS, ``weights`` for those but ``certified-abs``."""
     settings: dict[str, Any] = {"name": name}
     if name in ABS_NAMES:
-        settings |= {"weights": None if weights is None else str(weights), "seed": seed}
+        source = None if weights is None or name == "certified-abs" else str(weights)
+        settings |= {"weights": source, "seed": seed}
     return ModelSpec(name, load_model, settings, kind=name)
 
 

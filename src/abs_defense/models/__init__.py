@@ -13,7 +13,14 @@ from abs_defense.models._baselines import (
     untrained_network,
 )
 from abs_defense.models._classifier import Classifier
-from abs_defense.models._registry import ABS_NAMES, MODEL_NAMES, load_card, load_model
+from abs_defense.models._registry import (
+    ABS_NAMES,
+    MODEL_NAMES,
+    PROTOTYPE_NAMES,
+    available_models,
+    load_card,
+    load_model,
+)
 from abs_defense.models._vae import VAE
 from abs_defense.models._weights import (
     Calibration,
@@ -32,6 +39,7 @@ __all__ = [
     "MODEL_NAMES",
     "NEAREST_NEIGHBOR",
     "NETWORKS",
+    "PROTOTYPE_NAMES",
     "VAE",
     "BinaryABS",
     "Calibration",
@@ -40,6 +48,7 @@ __all__ = [
     "NearestNeighbor",
     "Network",
     "Weights",
+    "available_models",
     "bundled_baselines",
     "bundled_weights",
     "fold_decoders",

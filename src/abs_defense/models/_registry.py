@@ -22,15 +22,19 @@ _ABS_MODELS: dict[str, Callable[..., ABS]] = {
     "abs": ABS,
     "binary-abs": BinaryABS,
     "prototype-abs": _prototype_abs,
+    "certified-abs": _prototype_abs,
 }
+_DEFAULT_WEIGHTS = {"certified-abs": "certified"}
+
 
 ABS_NAMES = tuple(_ABS_MODELS)
+PROTOTYPE_NAMES = ("prototype-abs", "certified-abs")
 MODEL_NAMES = (*ABS_NAMES, *BASELINE_NAMES)
 
 
 @overload
 def load_model(
-    name: Literal["abs", "binary-abs", "prototype-abs"],
+    name: Literal["abs", "binary-abs", "prototype-abs", "certified-abs"],
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
@@ -55,8 +59,9 @@ def load_model(
 
     Args:
         name: ``"abs"``, ``"binary-abs"``, ``"prototype-abs"`` (ABS without latent descent, on the prototypes that
-            come with the weights, or on 8000 samples of the prior if none do), or one of the paper's baselines:
-            ``"cnn"``, ``"binary-cnn"``, ``"nearest-neighbor"``, ``"madry"``.
+            come with the weights, or on 8000 samples of the prior if none do), ``"certified-abs"`` (the same, on
+            weights fine-tuned for certified radii), or one of the paper's baselines: ``"cnn"``, ``"binary-cnn"``,
+            ``"nearest-neighbor"``, ``"madry"``.
         weights: None for the bundled ones; else as for ``ABS``, or a file of the baseline. For
             ``"nearest-neighbor"`` also a folder with MNIST's IDX files, of which all training images are stored.
         gradient, seed: as for ``ABS``; of no effect on baselines.
@@ -66,12 +71,20 @@ def load_model(
         ValueError: no model of that name, or weights of another one.
     """
     if name in _ABS_MODELS:
-        return _ABS_MODELS[name]("mnist" if weights is None else weights, gradient=gradient, seed=seed)
+        source = _DEFAULT_WEIGHTS.get(name, "mnist") if weights is None else weights
+        return _ABS_MODELS[name](source, gradient=gradient, seed=seed)
     if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
     if isinstance(weights, Weights):
         raise ValueError(f"weights: expected a file for {name!r}, got weights of ABS")
     return load_baseline(name, weights)
+
+
+def available_models() -> tuple[str, ...]:
+    """Those of ``MODEL_NAMES`` whose weights are bundled."""
+    bundled = {**bundled_weights(), **bundled_baselines()}
+    needed = {name: _DEFAULT_WEIGHTS.get(name, "mnist") if name in ABS_NAMES else name for name in MODEL_NAMES}
+    return tuple(name for name in MODEL_NAMES if needed[name] in bundled)
 
 
 def load_card(name: str) -> dict[str, Any]:

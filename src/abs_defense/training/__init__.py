@@ -10,12 +10,14 @@ from abs_defense.training._baselines import (
     train_network,
 )
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
+from abs_defense.training._certified import CertifiedTraining, train_certified, train_certified_abs
 from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._run import load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 __all__ = [
     "RECIPES",
+    "CertifiedTraining",
     "NetworkTraining",
     "VAETraining",
     "accuracy",
@@ -29,6 +31,8 @@ __all__ = [
     "robust_accuracy",
     "train_abs",
     "train_baseline",
+    "train_certified",
+    "train_certified_abs",
     "train_network",
     "train_vaes",
 ]

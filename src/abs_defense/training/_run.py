@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -18,8 +18,6 @@ from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
 from abs_defense.models import (
-    ABS,
-    ABS_NAMES,
     VAE,
     Calibration,
     Weights,
@@ -39,6 +37,7 @@ from abs_defense.training._vaes import VAETraining, train_vaes
 WEIGHTS = "abs.safetensors"
 VAES = "vaes.safetensors"
 PROTOTYPES = "prototypes.safetensors"
+_TESTED: tuple[Literal["abs", "binary-abs", "prototype-abs"], ...] = ("abs", "binary-abs", "prototype-abs")
 
 
 def train_abs(
@@ -196,8 +195,8 @@ def _stage(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str,
 
 def _test_figures(weights: Weights, test: ImageSet, device: str | torch.device, progress: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"images": len(test), "data": test.name, "data_sha256": test.sha256()}
-    for name in ABS_NAMES:
-        model = cast(ABS, load_model(name, weights=weights))
+    for name in _TESTED:
+        model = load_model(name, weights=weights)
         energies = class_energies(model.to(device), test.images, progress=progress)
         figures[name] = {"accuracy": (energies.argmin(1) == test.labels).double().mean().item()}
     return figures

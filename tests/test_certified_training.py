@@ -1,0 +1,137 @@
+"""Fine-tuning for certified radii."""
+
+import json
+
+import pytest
+import torch
+from idx import write_toy_set
+from typer.testing import CliRunner
+
+from abs_defense import ABS, certify, load_model
+from abs_defense.cli import app
+from abs_defense.data import load_idx_dataset
+from abs_defense.inference import DecoderStack
+from abs_defense.models import Calibration, Weights, load_weights, save_weights
+from abs_defense.training import CertifiedTraining, choose_prototypes, train_certified
+from abs_defense.training import _certified as module
+
+RECIPE = CertifiedTraining(epochs=3, batch_size=24, learning_rate=1e-3, latent_learning_rate=1e-2, refresh=2)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return load_idx_dataset(write_toy_set(tmp_path_factory.mktemp("toy"), per_class=24, classes=3), "train")
+
+
+@pytest.fixture(scope="module")
+def weights(toy):
+    """The bundled decoders of three digits with a few prototypes for bars."""
+    bundled = load_weights("mnist").decoders
+    stack = DecoderStack(
+        [bundled.get_parameter(f"weight_{i}")[:3] for i in range(4)],
+        [bundled.get_parameter(f"bias_{i}")[:3] for i in range(4)],
+    )
+    start = Weights(stack, Calibration(100.0, 1e-5, (1.0, 0.9, 1.1)))
+    latents = choose_prototypes(start, toy, 16, samples=40, steps=5, progress=False)
+    return Weights(stack, start.calibration, latents)
+
+
+def test_deciding_points_and_radii_are_those_of_the_certificate(weights, digits):
+    """With one anchor and without the box, up to rounding."""
+    points = module._Points(weights)
+    points.refresh()
+    model = load_model("prototype-abs", weights=weights)
+    x = digits.images[torch.tensor([3, 5, 1, 0])]
+    y = model(x).argmax(1)
+    decided = points.deciding(x.flatten(1), y)
+    radii = points.radii(x.flatten(1), y, *decided)
+    images, offsets = model.prototype_images.double(), 0.5 * model.prototype_latents.double().square().sum(-1)
+    energies = (images[None] - x.flatten(1).double()[:, None, None]).square().sum(-1) + offsets
+    for i in range(len(x)):
+        anchor = int(energies[i, y[i]].argmin())
+        assert int(decided[0][i]) == anchor
+        lengths = (images - images[y[i], anchor]).norm(dim=-1)
+        plain = (energies[i] - energies[i, y[i], anchor]) / (2.0 * lengths)
+        plain[y[i]] = torch.inf
+        assert float(radii[i]) == pytest.approx(float(plain.min()), rel=1e-3)
+    certified = certify(model, x, y).radius
+    assert (certified >= radii.double() - 0.02).all()
+
+
+def test_radii_of_the_training_images_grow(weights, toy, tmp_path):
+    def mean_radius(w):
+        return float(certify(load_model("prototype-abs", weights=w), toy.images, toy.labels).radius.mean())
+
+    tuned = train_certified(weights, toy, tmp_path, RECIPE, progress=False)
+    assert mean_radius(tuned) > mean_radius(weights) + 0.1
+    assert tuned.calibration == weights.calibration
+    assert not any(p.requires_grad for p in tuned.decoders.parameters())
+    assert not torch.equal(tuned.prototypes, weights.prototypes)
+
+
+def test_training_continues_exactly(weights, toy, tmp_path, monkeypatch):
+    whole = train_certified(weights, toy, tmp_path / "whole", RECIPE, progress=False)
+
+    class StopError(Exception):
+        pass
+
+    save = module.save_checkpoint
+
+    def stop_after_two(folder, identity, state):
+        save(folder, identity, state)
+        if state["epochs_done"] == 2:
+            raise StopError
+
+    monkeypatch.setattr(module, "save_checkpoint", stop_after_two)
+    with pytest.raises(StopError):
+        train_certified(weights, toy, tmp_path / "stopped", RECIPE, progress=False)
+    monkeypatch.undo()
+    resumed = train_certified(weights, toy, tmp_path / "stopped", RECIPE, progress=False)
+    assert torch.equal(whole.prototypes, resumed.prototypes)
+    for a, b in zip(whole.decoders.parameters(), resumed.decoders.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len((tmp_path / "stopped" / "certified.csv").read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="belongs to another run: margin differ"):
+        train_certified(weights, toy, tmp_path / "stopped", CertifiedTraining(**{**vars(RECIPE), "margin": 1.0}))
+
+
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (1, 0), (-1, 2), (3, -3)])
+def test_shifts_move_whole_pixels(down, right):
+    images = torch.zeros(1, 1, 28, 28)
+    images[0, 0, 10, 12] = 1.0
+    assert module._shifted(images, down, right)[0, 0, 10 + down, 12 + right] == 1.0
+    assert module._shifted(images, down, right).sum() == 1.0
+    assert module._shifted(torch.ones(1, 1, 28, 28), down, right).sum() == (28 - abs(down)) * (28 - abs(right))
+
+
+def test_bad_input(weights, toy, tmp_path):
+    with pytest.raises(ValueError, match="expected some with prototypes"):
+        train_certified(Weights(weights.decoders, weights.calibration), toy, tmp_path)
+    bundled = load_weights("mnist")
+    ten = Weights(bundled.decoders, bundled.calibration, torch.zeros(10, 2, 8))
+    with pytest.raises(ValueError, match="expected images of 10 classes, got 3"):
+        train_certified(ten, toy, tmp_path)
+    for settings, message in (
+        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"shift": 4}, "shift: expected 0 to 3 pixels, got 4"),
+        ({"margin": 0.0}, "margin: expected a positive number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CertifiedTraining(**settings)
+
+
+def test_command(weights, tmp_path):
+    folder = write_toy_set(tmp_path / "data", per_class=24, classes=3)
+    save_weights(tmp_path / "start.safetensors", weights)
+    arguments = ["--weights", str(tmp_path / "start.safetensors"), "--data-dir", str(folder), "--epochs", "1"]
+    outcome = CliRunner().invoke(
+        app, ["train", "certified", *arguments, "--prototypes", "8", "--out", str(tmp_path / "out")]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    card = json.loads((tmp_path / "out" / "certified.json").read_text())
+    model = load_model("certified-abs", weights=tmp_path / "out" / "certified.safetensors")
+    assert isinstance(model, ABS)
+    assert model.prototype_latents.shape == (3, 8, 8)
+    test = load_idx_dataset(folder, "test")
+    radius = certify(model, test.images, test.labels).radius
+    assert card["test_figures"]["mean certified radius, L2"] == pytest.approx(float(radius.mean()), abs=1e-3)
