@@ -20,13 +20,14 @@ from abs_defense.models import (
     NETWORKS,
     NearestNeighbor,
     bundled_baselines,
+    compress_images,
     load_baseline,
     load_card,
     save_baseline,
     untrained_network,
 )
 from abs_defense.models._weights import sha256
-from abs_defense.training import NetworkTraining, accuracy, condense, robust_accuracy, train_baseline, train_network
+from abs_defense.training import NetworkTraining, accuracy, robust_accuracy, train_baseline, train_network
 
 BUNDLED = sorted(bundled_baselines())
 
@@ -111,24 +112,28 @@ def test_wrong_neighbors_are_refused(images, labels, message):
         NearestNeighbor(images, labels)
 
 
-def test_centroids(toy):
-    model = condense(toy, 3, progress=False)
-    assert model.images.shape == (30, 784)
-    assert accuracy(model, toy) > 0.9
-    assert torch.equal(model.images, condense(toy, 3, progress=False).images)
-    every = condense(toy, 24, progress=False)  # as many as images
-    torch.testing.assert_close(every(toy.images).amax(1), torch.zeros(len(toy)), rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match="count: expected 1 to 24, the images of the smallest class, got 25"):
-        condense(toy, 25)
+def test_compressed_images(toy, tmp_path, digits):
+    rank = int(torch.linalg.matrix_rank(toy.images.flatten(1) - toy.images.flatten(1).mean(0)))
+    save_baseline(
+        tmp_path / "nn.safetensors", "nearest-neighbor", compress_images(toy.images, toy.labels, min(rank, 60))
+    )
+    model = load_model("nearest-neighbor", weights=tmp_path / "nn.safetensors")
+    assert model.images.shape == (240, 784)
+    exact = NearestNeighbor(toy.images, toy.labels)
+    torch.testing.assert_close(model(digits.images), exact(digits.images), rtol=0.02, atol=0.05)
+    with pytest.raises(ValueError, match="components: expected 1 to 240, got 241"):
+        train_baseline("nearest-neighbor", toy, tmp_path, components=241)
 
 
 @pytest.mark.parametrize("name", BASELINE_NAMES)
-def test_files(models, name, tmp_path, digits):
+def test_files(models, toy, name, tmp_path, digits):
     path = tmp_path / "w.safetensors"
-    save_baseline(path, name, models[name])
+    nearest = name == "nearest-neighbor"
+    tensors = compress_images(toy.images, toy.labels, 60) if nearest else models[name].state_dict()
+    save_baseline(path, name, tensors)
     loaded = load_model(name, weights=path)
     assert type(loaded) is type(models[name])
-    torch.testing.assert_close(loaded(digits.images), models[name](digits.images), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(loaded(digits.images), models[name](digits.images), rtol=0.02, atol=0.05)
     other = next(n for n in BASELINE_NAMES if n != name)
     with pytest.raises(ValueError, match=f"expected weights of '{other}'"):
         load_model(other, weights=path)
@@ -223,7 +228,7 @@ def test_recipes_out_of_range(settings, message):
 @pytest.mark.parametrize("name", ["cnn", "nearest-neighbor"])
 def test_command(tmp_path, name):
     folder = write_toy_set(tmp_path / "data", per_class=24, classes=10)
-    extra = ["--count", "5"] if name == "nearest-neighbor" else ["--epochs", "1"]
+    extra = ["--components", "5"] if name == "nearest-neighbor" else ["--epochs", "1"]
     arguments = ["train", name, "--data-dir", str(folder), "--out", str(tmp_path / "out"), *extra]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output

@@ -291,12 +291,12 @@ def train_nearest_neighbor_command(
     data_dir: DataDir = None,
     out: BaselineOut = None,
     download: Download = False,
-    count: Annotated[int, typer.Option(min=1, help="Centroids a class.")] = 300,
+    components: Annotated[int, typer.Option(min=1, help="Principal components kept of the images.")] = 50,
     test: Test = True,
     device: Device = "cpu",
 ) -> None:
-    """Nearest neighbour on k-means centroids of the training images."""
-    _train_baseline("nearest-neighbor", data_dir, download, out, device, test, count=count)
+    """Nearest neighbour on the training images, of which it keeps the first principal components."""
+    _train_baseline("nearest-neighbor", data_dir, download, out, device, test, components=components)
 
 
 @train_app.command("certified")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ class Madry(Network):
 class NearestNeighbor(Classifier):
     """The logit of a class is minus the L2 distance to its nearest stored image: ``-min_j ||x - t_j||``.
 
-    The paper stores all 60,000 training images; the bundled weights store centroids of them (see the card).
+    The paper stores all 60,000 training images; so do the bundled weights, but only their first principal components
+    (see the card).
 
     Args:
         images: ``(M, 784)`` or ``(M, 1, 28, 28)`` in [0, 1].
@@ -211,7 +212,7 @@ def load_baseline(name: str, source: str | Path | None = None) -> Classifier:
         raise ValueError(f"{path}: expected weights of {name!r} (format {_format(name)!r}), got format {kind!r}")
     try:
         if name == NEAREST_NEIGHBOR:
-            return NearestNeighbor(tensors["images"].float() / 255.0, tensors["labels"].long())
+            return _expanded(tensors)
         network = untrained_network(name)
         network.load_state_dict(tensors)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -226,18 +227,36 @@ def untrained_network(name: str, seed: int = 0) -> Network:
         return NETWORKS[name]()
 
 
-def save_baseline(path: str | Path, name: str, model: Classifier) -> None:
-    """Write a ``.safetensors`` file that ``load_baseline`` reads: networks in half precision, images as bytes."""
-    if isinstance(model, NearestNeighbor):
-        images = (model.images * 255.0).round().clamp(0, 255).to(torch.uint8)
-        tensors = {"images": images, "labels": model.labels.to(torch.uint8)}
-    else:
-        tensors = {
-            key: (value.half() if value.is_floating_point() else value).contiguous()
-            for key, value in model.state_dict().items()
-        }
+def save_baseline(path: str | Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a ``.safetensors`` file that ``load_baseline`` reads, from a network's ``state_dict`` or from
+    ``compress_images``; floating point values are rounded to half precision."""
+    rounded = {
+        key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()
+    }
     with replace_atomically(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"format": _format(name)})
+        safetensors.torch.save_file(rounded, temporary, {"format": _format(name)})
+
+
+def compress_images(images: Tensor, labels: Tensor, components: int) -> dict[str, Tensor]:
+    """Images ``(M, 1, 28, 28)`` as their first principal components, a byte each: ``mean + (codes * scale) basis``."""
+    from sklearn.decomposition import PCA
+
+    flat = images.flatten(1).numpy()
+    fitted = PCA(components, svd_solver="covariance_eigh").fit(flat)
+    coefficients = torch.from_numpy(fitted.transform(flat)).float()
+    scale = coefficients.abs().amax(0) / 127.0
+    return {
+        "codes": (coefficients / scale).round().to(torch.int8),
+        "scale": scale,
+        "basis": torch.from_numpy(fitted.components_).float(),
+        "mean": torch.from_numpy(fitted.mean_).float(),
+        "labels": labels.to(torch.uint8),
+    }
+
+
+def _expanded(tensors: Mapping[str, Tensor]) -> NearestNeighbor:
+    codes, scale, basis, mean = (tensors[key].float() for key in ("codes", "scale", "basis", "mean"))
+    return NearestNeighbor(torch.addmm(mean, codes * scale, basis), tensors["labels"].long())
 
 
 def _format(name: str) -> str:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from abs_defense._files import require_writable_folder
 from abs_defense.data import ImageSet
+from abs_defense.inference import PIXELS
 from abs_defense.models import (
     NEAREST_NEIGHBOR,
     Classifier,
-    NearestNeighbor,
     Network,
+    compress_images,
     load_baseline,
     save_baseline,
     untrained_network,
@@ -145,32 +146,13 @@ def _seeded(seed: int, epoch: int) -> Iterator[None]:
         yield
 
 
-def condense(data: ImageSet, count: int = 300, *, seed: int = 0, progress: bool = True) -> NearestNeighbor:
-    """A nearest-neighbour classifier on ``count`` centroids of the training images of each class (k-means).
-
-    Raises:
-        ValueError: ``count`` is less than 1 or exceeds the images of a class.
-    """
-    from sklearn.cluster import KMeans
-
-    least = int(torch.bincount(data.labels, minlength=data.num_classes).min())
-    if not 1 <= count <= least:
-        raise ValueError(f"count: expected 1 to {least}, the images of the smallest class, got {count}")
-    centers = []
-    for c in tqdm(range(data.num_classes), desc="k-means", unit="class", disable=not progress):
-        own = data.images[data.labels == c].flatten(1).numpy()
-        fitted = KMeans(count, n_init=1, random_state=seed).fit(own)
-        centers.append(torch.from_numpy(fitted.cluster_centers_).float().clamp(0.0, 1.0))
-    return NearestNeighbor(torch.cat(centers), torch.arange(data.num_classes).repeat_interleave(count))
-
-
 def train_baseline(
     name: str,
     train: ImageSet,
     out: str | Path,
     recipe: NetworkTraining | None = None,
     *,
-    count: int = 300,
+    components: int = 50,
     test: ImageSet | None = None,
     device: str | torch.device = "cpu",
     command: str = "",
@@ -183,7 +165,7 @@ def train_baseline(
         train: training images.
         out: folder; made if missing.
         recipe: of a network.
-        count: centroids a class of the nearest neighbour.
+        components: principal components that the nearest neighbour keeps of the training images.
         test: if given, the accuracy on it goes into the card, for an adversarially trained network also that under
             ``robust_accuracy``.
         device: where to compute.
@@ -194,21 +176,22 @@ def train_baseline(
         The card.
 
     Raises:
-        ValueError: see ``train_network`` and ``condense``.
+        ValueError: see ``train_network``; components below 1 or more than there are.
         OSError: the folder cannot be written.
     """
     folder = require_writable_folder(out)
     recipe = recipe or RECIPES.get(name)
-    model: Classifier
     if name == NEAREST_NEIGHBOR:
-        settings: dict[str, Any] = {"centroids": count, "seed": 0}
-        model = condense(train, count, progress=progress)
+        if not 1 <= components <= min(len(train), PIXELS):
+            raise ValueError(f"components: expected 1 to {min(len(train), PIXELS)}, got {components}")
+        settings: dict[str, Any] = {"images": len(train), "components": components}
+        tensors = compress_images(train.images, train.labels, components)
     else:
         assert recipe is not None
         settings = asdict(recipe)
-        model = train_network(name, train, folder, recipe, device=device, progress=progress)
+        tensors = train_network(name, train, folder, recipe, device=device, progress=progress).state_dict()
     path = folder / f"{name}.safetensors"
-    save_baseline(path, name, model)
+    save_baseline(path, name, tensors)
     model = load_baseline(name, path).to(device)
     figures: dict[str, Any] | None = None
     if test is not None:
