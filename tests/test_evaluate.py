@@ -33,6 +33,7 @@ from abs_defense.benchmark import (
     make_plan,
     model_rows,
     our_model,
+    rebuild_report,
     robustness_rows,
     run_evaluation,
     run_plan,
@@ -40,7 +41,7 @@ from abs_defense.benchmark import (
 )
 from abs_defense.benchmark._report import findings
 from abs_defense.data import ImageSet
-from abs_defense.models import load_weights, save_weights
+from abs_defense.models import MODEL_NAMES, load_weights, save_weights
 
 FAST = (
     AttackSpec("ddn", "l2", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.DDNAttack),
@@ -338,7 +339,7 @@ def test_presets_are_sound(preset):
     assert CLEAN in PRESETS[preset]
     assert DISTAL in PRESETS[preset]
     for measurement in PRESETS[preset]:
-        assert all(kind in {*PUBLISHED, "prototype-abs", "other"} for kind in measurement.models)
+        assert all(kind in {*MODEL_NAMES, "other"} for kind in measurement.models)
         if isinstance(measurement, AttackSpec) and measurement.surrogate is None:
             attack = measurement.make()
             assert isinstance(attack, fb.attacks.base.MinimizationAttack)
@@ -454,6 +455,27 @@ def test_report_is_complete(four, tmp_path, weights_file):
     assert "∞" not in latex
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["measurements"]["ddn"]["steps"] == 4
+
+
+def test_report_from_finished_pieces(four, tmp_path):
+    whole = run_evaluation([TINY], (CLEAN, *FAST), four, tmp_path, progress=False)
+    html = whole.report.read_text()
+    whole.report.unlink()
+    again = rebuild_report(tmp_path)
+    assert again == whole
+    assert whole.report.read_text() == html
+    for path in (tmp_path / "pieces").glob("tiny-ddn-*"):
+        path.unlink()
+    partial = rebuild_report(tmp_path)
+    assert partial.errors == ["tiny: ddn, images 0 to 3: not computed yet"]
+    assert [row["norm"] for row in partial.robustness] == ["L2", "L∞", "L0"]
+    assert partial.robustness[0]["median distance"] is None
+    assert partial.robustness[1:] == whole.robustness[1:]
+    result = _run("report", tmp_path, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "not computed yet" in result.stdout
+    with pytest.raises(FileNotFoundError, match=r"holds no evaluation: plan\.json, manifest\.json, images\.npz not"):
+        rebuild_report(tmp_path / "nowhere")
 
 
 def test_pieces_say_what_they_are(four, tmp_path):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 import typer
@@ -28,6 +28,9 @@ from abs_defense.models import (
     load_weights,
     save_weights,
 )
+
+if TYPE_CHECKING:
+    from abs_defense.benchmark import Evaluation, Plan
 
 app = typer.Typer(help="The Analysis-by-Synthesis classifier: evaluate, train, inspect.", no_args_is_help=True)
 train_app = typer.Typer(help="Train models.", no_args_is_help=True)
@@ -122,8 +125,23 @@ def evaluate(
         curves=None if curves is None else load_curves(curves),
         command=_command(),
     )
+    _print_evaluation(result)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of an evaluation.")] = Path("abs-defense-report"),
+    curves: Annotated[Path | None, typer.Option(help="JSON file with the published curves, drawn behind ours.")] = None,
+) -> None:
+    """Tables and report of an evaluation from what is finished of it, computing nothing."""
+    from abs_defense.benchmark import load_curves, rebuild_report
+
+    _print_evaluation(rebuild_report(folder, curves=None if curves is None else load_curves(curves)))
+
+
+def _print_evaluation(result: Evaluation) -> None:
     console = Console()
-    _print_rows(console, f"{data.name}: models", result.models)
+    _print_rows(console, "models", result.models)
     _print_rows(console, "the strongest attack for each image counts", result.robustness)
     _print_rows(console, "each attack, over the images classified correctly", result.attacks)
     for error in result.errors:
@@ -403,11 +421,11 @@ def _require_choice(value: str, choices: Sequence[str], option: str) -> None:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
 
 
-def _print_plan(plan: Any) -> None:
+def _print_plan(plan: Plan) -> None:
     """What is to be done, and how long it may take."""
     missing = plan.missing()
     speeds = plan.speeds(missing)
-    waiting = {piece.id for piece in missing}
+    waiting = {piece.key.file for piece in missing}
     groups: dict[tuple[str, str], list[Any]] = {}
     for piece in plan.pieces:
         groups.setdefault((piece.model.name, piece.measurement.name), []).append(piece)
@@ -415,7 +433,7 @@ def _print_plan(plan: Any) -> None:
     total = 0.0
     for (model, name), pieces in groups.items():
         measurement = pieces[0].measurement
-        left = [piece for piece in pieces if piece.id in waiting]
+        left = [piece for piece in pieces if piece.key.file in waiting]
         seconds = sum(len(piece.images) * speeds[model].of(measurement) for piece in left)
         total += seconds
         rows.append(

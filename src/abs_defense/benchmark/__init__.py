@@ -1,7 +1,7 @@
 """Evaluation: models x measurements -> finished pieces on disk -> tables, pictures, report."""
 
 from abs_defense.benchmark._certify import Certification, run_certification
-from abs_defense.benchmark._job import Evaluation, run_evaluation
+from abs_defense.benchmark._job import Evaluation, rebuild_report, run_evaluation
 from abs_defense.benchmark._published import PUBLISHED, Published, load_curves
 from abs_defense.benchmark._ray import ray_executor
 from abs_defense.benchmark._runner import Failure, Piece, Plan, Result, evaluate, make_plan, run_plan
@@ -58,6 +58,7 @@ __all__ = [
     "model_rows",
     "our_model",
     "ray_executor",
+    "rebuild_report",
     "robustness_rows",
     "run_certification",
     "run_evaluation",

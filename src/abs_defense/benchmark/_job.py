@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from abs_defense.benchmark._figures import (
 from abs_defense.benchmark._measure import device_of
 from abs_defense.benchmark._published import Curve
 from abs_defense.benchmark._report import ReportFigure, write_report
-from abs_defense.benchmark._runner import Executor, Plan, Result, make_plan, run_plan
+from abs_defense.benchmark._runner import PIECES, Executor, Plan, Record, Result, gather, make_plan, run_plan
+from abs_defense.benchmark._store import Store
 from abs_defense.benchmark._suite import Measurement, ModelSpec
 from abs_defense.benchmark._table import Row, attack_rows, model_rows, of_attacks, robustness_rows, write_table
 from abs_defense.certificates import Norm
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_IMAGES = 10
+PLAN, MANIFEST, IMAGES, FIGURES = "plan.json", "manifest.json", "images.npz", "figures"
 _PATH_POINTS = 13
 
 
@@ -73,8 +75,8 @@ def run_evaluation(
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate models and write into ``out``: ``report.html``; the tables ``robustness``, ``models`` and ``attacks``
-    as ``.csv``, ``.txt`` and ``.tex``; ``figures/`` as PNG and PDF; ``manifest.json``; ``pieces/`` with all distances
-    and images.
+    as ``.csv``, ``.txt`` and ``.tex``; ``figures/`` as PNG and PDF; ``manifest.json``; and ``plan.json``,
+    ``images.npz`` and ``pieces/``, from which ``rebuild_report`` makes all the others.
 
     Args:
         models: see ``our_model``; any module of images in [0, 1] that returns logits serves.
@@ -94,15 +96,6 @@ def run_evaluation(
     """
     folder = require_writable_folder(out)
     plan = make_plan(models, measurements, data, folder, device=device, seed=seed)
-    results = run_plan(plan, executor=executor, progress=progress)
-    kinds = {spec.name: spec.kind for spec in models}
-    tables = {
-        "robustness": robustness_rows(results, data, kinds),
-        "models": model_rows(results, data, kinds),
-        "attacks": attack_rows(results),
-    }
-    for name, rows in tables.items():
-        write_table(rows, folder, name)
     manifest = {
         "data": {"name": data.name, "images": len(data), "sha256": data.sha256()},
         "models": {piece.model.name: piece.key.model_settings for piece in plan.pieces},
@@ -113,42 +106,114 @@ def run_evaluation(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    with replace_atomically(folder / "manifest.json") as path:
-        path.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    _write_json(folder / MANIFEST, manifest)
+    _write_json(folder / PLAN, [asdict(piece.record) for piece in plan.pieces])
+    with replace_atomically(folder / IMAGES) as path, path.open("wb") as file:
+        np.savez_compressed(file, images=data.images.numpy(), labels=data.labels.numpy())
+    results = run_plan(plan, executor=executor, progress=progress)
+    kinds = {spec.name: spec.kind for spec in models}
+    _draw(folder, _model_figures(plan, results, data))
+    return _write(folder, results, data, kinds, manifest, curves)
+
+
+def rebuild_report(out: str | Path, *, curves: Mapping[tuple[str, Norm], Curve] | None = None) -> Evaluation:
+    """Write tables, figures and report of an evaluation anew from its finished pieces, computing nothing; also while it
+    runs or after it was stopped. What is not finished is reported as such.
+
+    Args:
+        out: folder of ``run_evaluation``.
+        curves: published ones, see ``load_curves``.
+
+    Raises:
+        FileNotFoundError: the folder holds no evaluation.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(out)
+    missing = [name for name in (PLAN, MANIFEST, IMAGES) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no evaluation: {', '.join(missing)} not found")
+    require_writable_folder(folder)
+    records = [Record(**raw) for raw in json.loads((folder / PLAN).read_text())]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    with np.load(folder / IMAGES) as file:
+        images, labels = (torch.from_numpy(file[name]) for name in ("images", "labels"))
+    data = ImageSet(images, labels, manifest["data"]["name"])
+    kinds = {record.model: record.kind for record in records}
+    results = gather(records, list(kinds), Store(folder / PIECES), images)
+    return _write(folder, results, data, kinds, manifest, curves)
+
+
+def _write(
+    folder: Path,
+    results: Sequence[Result],
+    data: ImageSet,
+    kinds: Mapping[str, str],
+    manifest: Mapping[str, Any],
+    curves: Mapping[tuple[str, Norm], Curve] | None,
+) -> Evaluation:
+    tables = {
+        "robustness": robustness_rows(results, data, kinds),
+        "models": model_rows(results, data, kinds),
+        "attacks": attack_rows(results),
+    }
+    for name, rows in tables.items():
+        write_table(rows, folder, name)
     errors = [error for result in results for error in result.errors]
-    figures = []
-    pictures = require_writable_folder(folder / "figures")
-    for name, title, figure in _figures(plan, results, data, kinds, curves):
-        if figure is not None:
-            save_figure(figure, pictures / f"{name}.png")
-            figures.append(ReportFigure(title, pictures / f"{name}.png"))
+    _draw(folder, _result_figures(results, data, kinds, curves))
+    titles = {
+        "curves": "Accuracy against the size of the perturbation",
+        **{f"adversarials-{name}": f"Smallest adversarials of {name}" for name in kinds},
+        "distal": "Distal adversarials",
+        **{f"path-{name}": f"The way of an attack on {name}" for name in kinds},
+        **{f"reconstructions-{name}": f"Reconstructions of {name}" for name in kinds},
+    }
+    paths = {title: folder / FIGURES / f"{name}.png" for name, title in titles.items()}
+    figures = [ReportFigure(title, path) for title, path in paths.items() if path.is_file()]
     write_report(folder / "report.html", **tables, figures=figures, manifest=manifest, errors=errors)
     return Evaluation(**tables, report=folder / "report.html", errors=errors)
 
 
-def _figures(
-    plan: Plan,
+def _write_json(path: Path, content: Any) -> None:
+    with replace_atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _draw(folder: Path, figures: Iterable[tuple[str, Figure | None]]) -> None:
+    pictures = require_writable_folder(folder / FIGURES)
+    for name, figure in figures:
+        if figure is not None:
+            save_figure(figure, pictures / f"{name}.png")
+        else:
+            for ending in ("png", "pdf"):
+                (pictures / f"{name}.{ending}").unlink(missing_ok=True)
+
+
+def _result_figures(
     results: Sequence[Result],
     data: ImageSet,
     kinds: Mapping[str, str],
     curves: Mapping[tuple[str, Norm], Curve] | None,
-) -> Iterator[tuple[str, str, Figure | None]]:
-    yield "curves", "Accuracy against the size of the perturbation", curve_figure(results, data, kinds, curves)
-    for name in plan.models:
-        yield f"adversarials-{name}", f"Smallest adversarials of {name}", adversarial_figure(name, results, name, data)
-    yield "distal", "Distal adversarials", distal_figure(results)
+) -> Iterator[tuple[str, Figure | None]]:
+    yield "curves", curve_figure(results, data, kinds, curves)
+    for name in kinds:
+        yield f"adversarials-{name}", adversarial_figure(name, results, name, data)
+    yield "distal", distal_figure(results)
+
+
+def _model_figures(plan: Plan, results: Sequence[Result], data: ImageSet) -> Iterator[tuple[str, Figure | None]]:
+    """Those for which a model is asked."""
     shown = data.head(FIGURE_IMAGES)
     for name, model in plan.models.items():
-        if not isinstance(model, ABS) or not len(shown):
-            continue
-        way = _way(results, name, data)
-        if way is not None:
+        way = _way(results, name, data) if isinstance(model, ABS) else None
+        path = reconstructions = None
+        if isinstance(model, ABS) and len(shown):
+            reconstructions = reconstruction_figure(name, shown.images, shown.labels, _infer(model, shown.images))
+        if isinstance(model, ABS) and way is not None:
             index, fractions, images = way
             title = f"{name}: from image {index} to its smallest L2 adversarial"
-            figure = path_figure(title, fractions, images, _infer(model, images), int(data.labels[index]))
-            yield f"path-{name}", f"The way of an attack on {name}", figure
-        figure = reconstruction_figure(name, shown.images, shown.labels, _infer(model, shown.images))
-        yield f"reconstructions-{name}", f"Reconstructions of {name}", figure
+            path = path_figure(title, fractions, images, _infer(model, images), int(data.labels[index]))
+        yield f"path-{name}", path
+        yield f"reconstructions-{name}", reconstructions
 
 
 def _way(results: Sequence[Result], model: str, data: ImageSet) -> tuple[int, list[float], torch.Tensor] | None:

@@ -19,6 +19,28 @@ from abs_defense.data import ImageSet
 
 
 @dataclass(frozen=True)
+class Record:
+    """Where the result of a piece is, and of what.
+
+    Attributes:
+        model, kind: of the model.
+        measurement, norm: of the measurement.
+        attack: whether it is one.
+        start, stop: the shard of images.
+        file: in the store.
+    """
+
+    model: str
+    kind: str
+    measurement: str
+    norm: str | None
+    attack: bool
+    start: int
+    stop: int
+    file: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """One measurement of one model on a shard of the images: all that a worker needs.
 
@@ -36,9 +58,19 @@ class Piece:
     labels: Tensor
 
     @property
-    def id(self) -> str:
-        """Equal for pieces that have the same result."""
-        return self.key.digest()
+    def record(self) -> Record:
+        """What is needed to read the result."""
+        measurement = self.measurement
+        return Record(
+            self.model.name,
+            self.model.kind,
+            measurement.name,
+            measurement.norm,
+            isinstance(measurement, AttackSpec),
+            self.key.start,
+            self.key.stop,
+            self.key.file,
+        )
 
     def __str__(self) -> str:
         return f"{self.model.name}: {self.measurement.name}, images {self.key.start} to {self.key.stop - 1}"
@@ -56,6 +88,7 @@ class Failure:
     reason: str
 
 
+PIECES = "pieces"
 Outcome = tuple[Piece, Arrays | Failure]
 Executor = Callable[[Sequence[Piece]], Iterable[Outcome]]
 
@@ -69,12 +102,14 @@ class Plan:
         models: in use, by name, on the device.
         store: with the finished pieces.
         device: where to compute.
+        images: all of them.
     """
 
     pieces: list[Piece]
     models: dict[str, nn.Module]
     store: Store
     device: torch.device
+    images: Tensor
 
     def missing(self) -> list[Piece]:
         """Pieces without a result."""
@@ -128,7 +163,7 @@ def make_plan(
     for what, names in {"models": [m.name for m in models], "measurements": [m.name for m in measurements]}.items():
         if len(set(names)) < len(names):
             raise ValueError(f"{what}: expected different names, got {', '.join(names)}")
-    store = Store(Path(out) / "pieces")
+    store = Store(Path(out) / PIECES)
     device = torch.device(device)
     images_sha256 = data.sha256()
     built: dict[str, nn.Module] = {}
@@ -157,7 +192,7 @@ def make_plan(
                     versions=versions(),
                 )
                 pieces.append(Piece(spec, measurement, key, images[part], labels[part]))
-    return Plan(pieces, built, store, device)
+    return Plan(pieces, built, store, device, data.images)
 
 
 def run_plan(
@@ -184,22 +219,24 @@ def run_plan(
     failures: dict[str, str] = {}
     missing = plan.missing()
     if on_piece is not None:
-        waiting = {piece.id for piece in missing}
+        waiting = {piece.key.file for piece in missing}
         for piece in plan.pieces:
-            if piece.id not in waiting:
-                on_piece(piece, _stored(plan, piece))
+            arrays = None if piece.key.file in waiting else plan.store.load(piece.key)
+            if arrays is not None:
+                on_piece(piece, arrays)
     with _Progress(plan, missing, progress) as bar:
         outcomes = _here(plan, missing, bar) if executor is None else executor(missing)
         for piece, outcome in outcomes:
             if isinstance(outcome, Failure):
-                failures[piece.id] = f"{piece}: {outcome.reason}"
-                tqdm.write(f"failed: {failures[piece.id]}")
+                failures[piece.key.file] = f"{piece}: {outcome.reason}"
+                tqdm.write(f"failed: {failures[piece.key.file]}")
             else:
                 plan.store.save(piece.key, outcome)
                 if on_piece is not None:
                     on_piece(piece, outcome)
             bar.finish(piece)
-    return _gather(plan, failures)
+    records = [piece.record for piece in plan.pieces]
+    return gather(records, list(plan.models), plan.store, plan.images, failures)
 
 
 def evaluate(
@@ -236,7 +273,7 @@ class _Progress:
     def __init__(self, plan: Plan, missing: Sequence[Piece], show: bool) -> None:
         speeds = plan.speeds(missing) if show else {}
         self._expected: Mapping[str, float] = {
-            p.id: len(p.images) * speeds[p.model.name].of(p.measurement) if show else 1.0 for p in missing
+            p.key.file: len(p.images) * speeds[p.model.name].of(p.measurement) if show else 1.0 for p in missing
         }
         self._done = 0.0
         self._bar = tqdm(
@@ -254,8 +291,8 @@ class _Progress:
     def counting(self, piece: Piece) -> OnQueries:
         """To be called with the model queries of the piece that is computed now."""
         self._bar.set_description_str(f"{piece.model.name}: {piece.measurement.name}")
-        share = self._expected[piece.id] / (len(piece.images) * max(1.0, piece.measurement.queries))
-        limit = self._done + self._expected[piece.id]
+        share = self._expected[piece.key.file] / (len(piece.images) * max(1.0, piece.measurement.queries))
+        limit = self._done + self._expected[piece.key.file]
 
         def count(queries: int) -> None:
             self._bar.update(min(share * queries, max(0.0, limit - self._bar.n)))
@@ -263,7 +300,7 @@ class _Progress:
         return count
 
     def finish(self, piece: Piece) -> None:
-        self._done += self._expected[piece.id]
+        self._done += self._expected[piece.key.file]
         self._bar.update(self._done - self._bar.n)
 
 
@@ -282,40 +319,42 @@ def attempt(
         return Failure(f"{type(error).__name__}: {error}")
 
 
-def _stored(plan: Plan, piece: Piece) -> Arrays:
-    arrays = plan.store.load(piece.key)
-    assert arrays is not None
-    return arrays
+def gather(
+    records: Sequence[Record],
+    models: Sequence[str],
+    store: Store,
+    images: Tensor,
+    failures: Mapping[str, str] | None = None,
+) -> list[Result]:
+    """The results of all pieces: those in the store; for the others the ``failures`` by file say why they have none."""
+    failures = failures or {}
+    groups: dict[tuple[str, str], list[Record]] = {(model, CLEAN.name): [] for model in models}
+    for record in records:
+        groups.setdefault((record.model, record.measurement), []).append(record)
+    results = []
+    for (model, name), group in groups.items():
+        found = [store.load_file(record.file) for record in group]
+        absent = [record for record, arrays in zip(group, found, strict=True) if arrays is None]
+        errors = tuple(failures.get(record.file, _not_computed(record)) for record in absent)
+        usable = len(absent) < len(group) and (not absent or group[0].attack)
+        parts = [
+            _nothing_found(images[record.start : record.stop]) if arrays is None else arrays
+            for record, arrays in zip(group, found, strict=True)
+        ]
+        seconds = sum(float(part.pop("seconds").sum()) for part in parts if "seconds" in part)
+        joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if usable else {}
+        results.append(Result(model, name, group[0].norm if group else None, joined, seconds, errors))
+    return results
 
 
-def _gather(plan: Plan, failures: Mapping[str, str]) -> list[Result]:
-    groups: dict[tuple[str, str], list[Piece]] = {(model, CLEAN.name): [] for model in plan.models}
-    for piece in plan.pieces:
-        groups.setdefault((piece.model.name, piece.measurement.name), []).append(piece)
-    return [_result(plan, model, name, pieces, failures) for (model, name), pieces in groups.items()]
+def _not_computed(record: Record) -> str:
+    return f"{record.model}: {record.measurement}, images {record.start} to {record.stop - 1}: not computed yet"
 
 
-def _result(plan: Plan, model: str, name: str, pieces: Sequence[Piece], failures: Mapping[str, str]) -> Result:
-    parts: list[Arrays] = []
-    seconds = 0.0
-    errors = tuple(failures[piece.id] for piece in pieces if piece.id in failures)
-    usable = not errors or (len(errors) < len(pieces) and isinstance(pieces[0].measurement, AttackSpec))
-    for piece in pieces if usable else ():
-        if piece.id in failures:
-            parts.append(_nothing_found(piece))
-        else:
-            arrays = _stored(plan, piece)
-            seconds += float(arrays.pop("seconds").sum())
-            parts.append(arrays)
-    joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if parts else {}
-    return Result(model, name, pieces[0].measurement.norm if pieces else None, joined, seconds, errors)
-
-
-def _nothing_found(piece: Piece) -> Arrays:
-    count = len(piece.images)
+def _nothing_found(images: Tensor) -> Arrays:
     return {
-        "distances": np.full(count, np.inf, dtype=np.float32),
-        "adversarials": piece.images.numpy(),
-        "queries": np.zeros(count),
-        "gradients": np.zeros(count),
+        "distances": np.full(len(images), np.inf, dtype=np.float32),
+        "adversarials": images.numpy(),
+        "queries": np.zeros(len(images)),
+        "gradients": np.zeros(len(images)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zipfile
@@ -44,6 +45,11 @@ class PieceKey:
         text = json.dumps(asdict(self), sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @functools.cached_property
+    def file(self) -> str:
+        """Name of the piece's file; equal for pieces that have the same result."""
+        return f"{self.model}-{self.attack}-{self.start:05d}-{self.digest()}.npz"
+
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -58,12 +64,13 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = require_writable_folder(folder)
 
-    def path(self, key: PieceKey) -> Path:
-        return self.folder / f"{key.model}-{key.attack}-{key.start:05d}-{key.digest()}.npz"
-
     def load(self, key: PieceKey) -> Arrays | None:
         """The arrays of a finished piece, or None if it is not there or not readable."""
-        path = self.path(key)
+        return self.load_file(key.file)
+
+    def load_file(self, name: str) -> Arrays | None:
+        """The same by the name of the file."""
+        path = self.folder / name
         if not path.exists():
             return None
         try:
@@ -74,5 +81,5 @@ class Store:
 
     def save(self, key: PieceKey, arrays: Arrays) -> None:
         manifest = json.dumps(asdict(key), sort_keys=True, default=repr)
-        with replace_atomically(self.path(key)) as path, path.open("wb") as file:
+        with replace_atomically(self.folder / key.file) as path, path.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, manifest=np.array(manifest), **arrays)
