@@ -82,7 +82,7 @@ def test_a_stopped_run_continues(digits, small_weights, tmp_path, monkeypatch):
     assert [r["radius"] for r in _rows(tmp_path)] == [r["radius"] for r in _rows(tmp_path / "whole")]
 
 
-def test_seeds_give_an_error_bar(digits, tmp_path, monkeypatch):
+def test_seeds_give_an_error_bar(digits, small_weights, tmp_path, monkeypatch):
     monkeypatch.setattr("abs_defense.benchmark._suite.load_model", _small_model)
     result = run_certification(["abs"], digits, tmp_path, seeds=3, progress=False)
     radii = result.radii["abs"]
@@ -90,6 +90,8 @@ def test_seeds_give_an_error_bar(digits, tmp_path, monkeypatch):
     assert result.rows[0]["mean radius +-"] == pytest.approx(radii.mean(1).std(ddof=1))
     assert result.rows[0]["mean radius +-"] > 0
     assert {r["seed"] for r in _rows(tmp_path)} == {"0", "1", "2"}
+    with pytest.raises(ValueError, match="expected 1, got 2: the prototypes of 'prototype-abs' come with its weights"):
+        run_certification(["prototype-abs"], digits, tmp_path, seeds=2, weights=small_weights)
     with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
         run_certification(["abs"], digits, tmp_path, seeds=0)
 
@@ -110,6 +112,7 @@ def test_command(small_weights, tmp_path, norm):
         (["--norm", "l3"], "'l3' is not one of l2, linf, l0"),
         (["--method", "magic"], "'magic' is not one of bisector, lipschitz, paper, exact"),
         (["--model", "resnet"], "'resnet' is not one of"),
+        (["--model", "cnn"], "'cnn' is not one of abs, binary-abs, prototype-abs, certified-abs"),
     ],
 )
 def test_command_refuses(arguments, message):

@@ -345,6 +345,19 @@ def test_autocast_does_not_change_logits_or_gradients(with_gradient, digits, dty
     assert torch.equal(gradient, expected[1])
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_products_do_not_change_logits_or_gradients(with_gradient, digits, precision):
+    expected = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:2])
+    torch.set_float32_matmul_precision(precision)
+    try:
+        logits, gradient = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:2])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(gradient, expected[1])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float16, 5e-2)])
 def test_float_images_are_cast_and_logits_are_float32(with_gradient, digits, dtype, tolerance):
     logits = with_gradient(digits.images.to(dtype))

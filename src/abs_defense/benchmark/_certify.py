@@ -20,9 +20,9 @@ from abs_defense.benchmark._runner import Piece, Result, make_plan, run_plan
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import NORMS, CertificateSpec, our_model
 from abs_defense.benchmark._table import Row, certified, write_csv
-from abs_defense.certificates import Method, Norm
+from abs_defense.certificates import Method, Norm, certify
 from abs_defense.data import ImageSet
-from abs_defense.models import PROTOTYPE_NAMES
+from abs_defense.models import ABS, PROTOTYPE_NAMES, default_weights, load_weights
 
 THRESHOLDS: dict[Norm, tuple[float, ...]] = {
     "l2": (0.5, 1.0, 1.5, 2.0),
@@ -83,14 +83,18 @@ def run_certification(
         progress: show progress bars.
 
     Raises:
-        ValueError: unknown model, a method that does not serve the norm or a model, ``seeds`` less than 1, or labels
-            that a model does not have.
+        ValueError: unknown model, a method that does not serve the norm or a model, ``seeds`` less than 1, several
+            seeds of a model whose prototypes are fixed, or labels that a model does not have.
+        RuntimeError: a piece could not be certified; the others are kept.
         OSError: the folder cannot be written.
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    for name in models if seeds > 1 else ():
+        if name in PROTOTYPE_NAMES and load_weights(weights or default_weights(name)).prototypes is not None:
+            raise ValueError(f"seeds: expected 1, got {seeds}: the prototypes of {name!r} come with its weights")
     folder = require_writable_folder(out)
-    settings = {"anchors": anchors, "starts": starts}
+    settings: dict[str, Any] = {"anchors": anchors, "starts": starts}
     per_image: list[Row] = []
     rows: list[Row] = []
     radii: dict[str, npt.NDArray[np.float64]] = {}
@@ -114,6 +118,9 @@ def run_certification(
                 method=method,
             )
             plan = make_plan([model], [measurement], data, folder, device=device, seed=number)
+            built = plan.models[name]
+            assert isinstance(built, ABS)
+            certify(built, data.images[:0].to(device), data.labels[:0].to(device), norm, method, **settings)
             described |= {f"{name}, seed {number}": piece.key.model_settings for piece in plan.pieces[:1]}
             result = run_plan(plan, progress=progress, on_piece=report)[-1]
             if result.errors:

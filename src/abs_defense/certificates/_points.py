@@ -62,8 +62,7 @@ class PointSet:
 def _slack(model: ABS, offsets: Tensor, gamma: Tensor, squares: Tensor) -> Tensor:
     """Bound of the rounding errors between exact energies and the model's decision.
 
-    The prototype of a class is chosen by a product of at least single precision (torch's default; not under
-    ``torch.set_float32_matmul_precision("high")``). Whatever its order of summation, its
+    The prototype of a class is chosen by a product of at least single precision. Whatever its order of summation, its
     error is at most ``n u / (1 - n u)`` times the sum of absolute values, with u the unit roundoff and n the number
     of terms (Higham 2002, section 3.1). A wrong choice makes the energy too high by at most twice that, for the true
     class to its harm. The logits are rounded a few times more, by u relatively,

@@ -19,6 +19,7 @@ from abs_defense.models._registry import (
     MODEL_NAMES,
     PROTOTYPE_NAMES,
     available_models,
+    default_weights,
     load_card,
     load_model,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "bundled_baselines",
     "bundled_weights",
     "compress_images",
+    "default_weights",
     "fold_decoders",
     "load_baseline",
     "load_card",

@@ -260,11 +260,15 @@ class _Energies(torch.autograd.Function):
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 inside; what the caller had set is put back."""
+    """Neither autocast nor reduced products inside; what the caller had set is put back."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
         yield
 
 

@@ -71,7 +71,7 @@ def load_model(
         ValueError: no model of that name, or weights of another one.
     """
     if name in _ABS_MODELS:
-        source = _DEFAULT_WEIGHTS.get(name, "mnist") if weights is None else weights
+        source = default_weights(name) if weights is None else weights
         return _ABS_MODELS[name](source, gradient=gradient, seed=seed)
     if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
@@ -80,11 +80,15 @@ def load_model(
     return load_baseline(name, weights)
 
 
+def default_weights(name: str) -> str:
+    """The bundled weights of a model."""
+    return _DEFAULT_WEIGHTS.get(name, "mnist") if name in ABS_NAMES else name
+
+
 def available_models() -> tuple[str, ...]:
     """Those of ``MODEL_NAMES`` whose weights are bundled."""
     bundled = {**bundled_weights(), **bundled_baselines()}
-    needed = {name: _DEFAULT_WEIGHTS.get(name, "mnist") if name in ABS_NAMES else name for name in MODEL_NAMES}
-    return tuple(name for name in MODEL_NAMES if needed[name] in bundled)
+    return tuple(name for name in MODEL_NAMES if default_weights(name) in bundled)
 
 
 def load_card(name: str) -> dict[str, Any]:
