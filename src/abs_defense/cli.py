@@ -208,7 +208,8 @@ def train_abs_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Adam's, before its decay.")] = 3e-3,
     decay_from: Annotated[int, typer.Option(min=0, help="Epoch from which the learning rate falls (cosine).")] = 50,
-    kl_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which the KL weight falls from 10 to 1.")] = 50,
+    kl_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which the KL weight falls from 10.")] = 50,
+    kl_end: Annotated[float, typer.Option(min=0.0, help="KL weight after that.")] = 1.0,
     encoder_epochs: Annotated[int, typer.Option(min=0, help="Epochs in which only the encoders learn.")] = 0,
     init: Annotated[
         Path | None, typer.Option(help="Start from a vaes.safetensors, from 'mnist' or from a file of ABS weights.")
@@ -232,6 +233,7 @@ def train_abs_command(
         learning_rate=learning_rate,
         decay_from=decay_from,
         kl_epochs=kl_epochs,
+        kl_end=kl_end,
         encoder_epochs=encoder_epochs,
         augment=augment,
         seed=seed,
