@@ -391,6 +391,8 @@ def test_wrong_additions_are_refused(tmp_path, text, message):
 def test_names_must_differ(four, tmp_path):
     with pytest.raises(ValueError, match="models: expected different names, got tiny, tiny"):
         make_plan([TINY, TINY], (CLEAN,), four, tmp_path)
+    with pytest.raises(ValueError, match="expected names that can be part of a file's, got 'a/b'"):
+        make_plan([ModelSpec("a/b", Linear)], (CLEAN,), four, tmp_path)
 
 
 def test_published_curves(tmp_path, shared_data):

@@ -157,12 +157,16 @@ def make_plan(
     """Cut the work into pieces: every model, every measurement that serves its kind, shards of the images.
 
     Raises:
-        ValueError: two models or two measurements have the same name, or a label is not a class of a model.
+        ValueError: two models or two measurements have the same name, or one that can't be part of a file's; a label
+            is not a class of a model.
         OSError: the folder cannot be written.
     """
     for what, names in {"models": [m.name for m in models], "measurements": [m.name for m in measurements]}.items():
         if len(set(names)) < len(names):
             raise ValueError(f"{what}: expected different names, got {', '.join(names)}")
+        for name in names:
+            if not name or set(name) & set("/\\\0"):
+                raise ValueError(f"{what}: expected names that can be part of a file's, got {name!r}")
     store = Store(Path(out) / PIECES)
     device = torch.device(device)
     images_sha256 = data.sha256()
