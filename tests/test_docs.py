@@ -1,4 +1,4 @@
-"""The Python snippets of README and docs run as they stand, page by page, on two of the digits."""
+"""The Python snippets of README and docs run as they stand, page by page, on two digits and few prototypes."""
 
 import re
 import subprocess
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import abs_defense.art
+import abs_defense.data
+from abs_defense import ABS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,18 +23,20 @@ def snippets(page):
 
 
 @pytest.fixture
-def few_digits(monkeypatch, digits, tmp_path):
-    """A 2 and a 1 for the snippets, which write into an empty folder."""
-    import abs_defense.data
-
+def in_small(monkeypatch, digits, tmp_path):
+    """A 2 and a 1, and models that answer at once, for the snippets, which write into an empty folder."""
     few = abs_defense.data.ImageSet(digits.images[[1, 5]], digits.labels[[1, 5]], "two digits")
     monkeypatch.setattr(abs_defense.data, "foolbox_digits", lambda: few)
+    small = {"prototypes": 200, "steps": 1}
+    monkeypatch.setattr(abs_defense, "ABS", lambda *args, **kwargs: ABS(*args, **{**small, **kwargs}))
+    monkeypatch.setattr(abs_defense, "load_model", lambda name: ABS(prototypes=200, steps=0))
+    monkeypatch.setattr(abs_defense.art, "load_model", lambda name: ABS(prototypes=200, steps=0))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.touches_random_state
 @pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: p.name)
-def test_snippets_run(page, few_digits, capsys):
+def test_snippets_run(page, in_small):
     namespace = {}
     for number, code in enumerate(snippets(page), start=1):
         exec(compile(code, f"{page.name}, snippet {number}", "exec"), namespace)
