@@ -234,14 +234,14 @@ def _with_estimates(spec: AttackSpec) -> tuple[AttackSpec, AttackSpec]:
 # name, norm, attack, expected queries and gradients an image, settings.
 QUICK: Sequence[Measurement] = (
     CLEAN,
-    _attack("l2-bisector", "l2", L2BisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("l2-bisector", "l2", L2BisectorAttack, 18, models=ABS_NAMES, steps=8, rivals=1),
     _attack("ddn", "l2", fa.DDNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
-    _attack("linf-bisector", "linf", LInfBisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("linf-bisector", "linf", LInfBisectorAttack, 18, models=ABS_NAMES, steps=8, rivals=1),
     _attack("linf-fmn", "linf", fa.LInfFMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
-    _attack("l0-bisector", "l0", L0BisectorAttack, 24, models=ABS_NAMES, steps=8, rivals=2),
+    _attack("l0-bisector", "l0", L0BisectorAttack, 10, models=ABS_NAMES, steps=8, rivals=1),
     _attack("pointwise", "l0", PointwiseAttack, 300, models=NETWORK_KINDS),
     CertificateSpec("bisector-l2", "l2", models=PROTOTYPE_NAMES),
-    DISTAL,
+    replace(DISTAL, settings={"steps": 25}, images=3),
 )
 
 PAPER: Sequence[Measurement] = (
