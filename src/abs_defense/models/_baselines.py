@@ -124,6 +124,7 @@ class NearestNeighbor(Classifier):
 
     images: Tensor
     labels: Tensor
+    _half_squares: Tensor
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         super().__init__()
@@ -138,6 +139,7 @@ class NearestNeighbor(Classifier):
         order = labels.argsort(stable=True)
         self.register_buffer("images", flat[order])
         self.register_buffer("labels", labels[order])
+        self.register_buffer("_half_squares", 0.5 * self.images.square().sum(1), persistent=False)
         self._counts = counts.tolist()
         self.eval()
 
@@ -157,10 +159,9 @@ class NearestNeighbor(Classifier):
         check_images(images)
         flat = images.flatten(1).to(self.images.dtype)
         with torch.no_grad():
-            halves = 0.5 * self.images.square().sum(1)
             best = torch.empty(len(flat), self.num_classes, dtype=torch.long, device=flat.device)
             for part, rows in zip(flat.split(256), best.split(256), strict=True):
-                scores = torch.addmm(halves, part, self.images.T, alpha=-1.0)
+                scores = torch.addmm(self._half_squares, part, self.images.T, alpha=-1.0)
                 first = 0
                 for c, own in enumerate(scores.split(self._counts, dim=1)):
                     rows[:, c] = own.argmin(1) + first
