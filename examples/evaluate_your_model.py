@@ -10,14 +10,14 @@ from abs_defense.data import foolbox_digits
 
 
 class Templates(nn.Module):
-    """Any module of images in [0, 1] that returns logits: here, correlation with one digit of each class."""
+    """Any module of images in [0, 1] that returns logits: here, correlation with the sum of a few digits a class."""
 
     def __init__(self) -> None:
         super().__init__()
         digits = foolbox_digits()
-        first = [int((digits.labels == c).nonzero()[0]) for c in range(10)]
-        templates = digits.images[first].flatten(1)
-        self.weight = nn.Parameter(templates / templates.norm(dim=1, keepdim=True), requires_grad=False)
+        templates = torch.stack([digits.images[digits.labels == c].flatten(1).sum(0) for c in range(10)])
+        length = templates.norm(dim=1, keepdim=True).clamp_min(1e-6)  # there is no 8 among the twenty
+        self.weight = nn.Parameter(templates / length, requires_grad=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1) @ self.weight.T
