@@ -1,5 +1,6 @@
 """Fixtures of the whole suite, and a guard on the global state of torch, numpy and random."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -156,5 +157,30 @@ def own_images(small_abs):
         classes = torch.arange(count) % small_abs.num_classes
         images = small_abs.prototype_images[classes, likely[torch.arange(count) // small_abs.num_classes]]
         return images.view(count, 1, 28, 28).clone(), classes
+
+    return make
+
+
+class StopError(Exception):
+    """What ``stopped_after`` raises."""
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """Factory of contexts in which a training module stops after so many checkpointed epochs."""
+
+    @contextlib.contextmanager
+    def make(module, epochs):
+        save = module.save_checkpoint
+
+        def stop(folder, identity, state):
+            save(folder, identity, state)
+            if state["epochs_done"] == epochs:
+                raise StopError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save_checkpoint", stop)
+            with pytest.raises(StopError):
+                yield
 
     return make

@@ -28,6 +28,7 @@ from abs_defense.models import (
 )
 from abs_defense.models._weights import sha256
 from abs_defense.training import NetworkTraining, accuracy, robust_accuracy, train_baseline, train_network
+from abs_defense.training import _baselines as module
 
 BUNDLED = sorted(bundled_baselines())
 
@@ -157,26 +158,12 @@ def test_weights_of_abs_are_refused(random_weights):
 
 
 @pytest.mark.parametrize("name", ["cnn", "madry"])
-def test_training_continues_exactly(toy, tmp_path, name, monkeypatch):
+def test_training_continues_exactly(toy, tmp_path, name, stopped_after):
     recipe = NetworkTraining(epochs=3, batch_size=60, epsilon=0.3 if name == "madry" else 0.0, adversary_steps=2)
     whole = train_network(name, toy, tmp_path / "whole", recipe, progress=False)
 
-    class StopError(Exception):
-        pass
-
-    import abs_defense.training._baselines as module
-
-    save = module.save_checkpoint
-
-    def stop_after_two(folder, identity, state):
-        save(folder, identity, state)
-        if state["epochs_done"] == 2:
-            raise StopError
-
-    monkeypatch.setattr(module, "save_checkpoint", stop_after_two)
-    with pytest.raises(StopError):
+    with stopped_after(module, 2):
         train_network(name, toy, tmp_path / "stopped", recipe, progress=False)
-    monkeypatch.undo()
     resumed = train_network(name, toy, tmp_path / "stopped", recipe, progress=False)
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -184,9 +171,7 @@ def test_training_continues_exactly(toy, tmp_path, name, monkeypatch):
         train_network(name, toy, tmp_path / "stopped", replace(recipe, epochs=4, seed=1), progress=False)
 
 
-def test_the_adversary_of_training_is_in_its_ball(toy, monkeypatch):
-    import abs_defense.training._baselines as module
-
+def test_the_adversary_of_training_is_in_its_ball(toy):
     recipe = NetworkTraining(epochs=1, batch_size=60, epsilon=0.2, adversary_steps=3)
     model = untrained_network("madry")
     x, y = toy.images[:20], toy.labels[:20]

@@ -69,23 +69,11 @@ def test_radii_of_the_training_images_grow(weights, toy, tmp_path):
     assert not torch.equal(tuned.prototypes, weights.prototypes)
 
 
-def test_training_continues_exactly(weights, toy, tmp_path, monkeypatch):
+def test_training_continues_exactly(weights, toy, tmp_path, stopped_after):
     whole = train_certified(weights, toy, tmp_path / "whole", RECIPE, progress=False)
 
-    class StopError(Exception):
-        pass
-
-    save = module.save_checkpoint
-
-    def stop_after_two(folder, identity, state):
-        save(folder, identity, state)
-        if state["epochs_done"] == 2:
-            raise StopError
-
-    monkeypatch.setattr(module, "save_checkpoint", stop_after_two)
-    with pytest.raises(StopError):
+    with stopped_after(module, 2):
         train_certified(weights, toy, tmp_path / "stopped", RECIPE, progress=False)
-    monkeypatch.undo()
     resumed = train_certified(weights, toy, tmp_path / "stopped", RECIPE, progress=False)
     assert torch.equal(whole.prototypes, resumed.prototypes)
     for a, b in zip(whole.decoders.parameters(), resumed.decoders.parameters(), strict=True):

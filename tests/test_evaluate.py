@@ -11,6 +11,7 @@ import foolbox as fb
 import numpy as np
 import pytest
 import torch
+from linear import Linear
 
 from abs_defense import ABS
 from abs_defense.benchmark import (
@@ -53,18 +54,6 @@ FAST = (
 class Unlucky(fb.attacks.DDNAttack):
     def run(self, *args, **kwargs):
         raise RuntimeError("no luck today")
-
-
-class Linear(torch.nn.Module):
-    """Somebody else's model."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(784, 10, generator=generator) / 28)
-
-    def forward(self, images):
-        return images.flatten(1) @ self.weight
 
 
 def _tiny():

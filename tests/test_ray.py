@@ -7,21 +7,11 @@ from pathlib import Path
 import foolbox as fb
 import numpy as np
 import pytest
-import torch
+from linear import Linear
 
 from abs_defense.benchmark import CLEAN, AttackSpec, ModelSpec, evaluate, make_plan, ray_executor, run_plan
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'abs-defense[ray]'")
-
-
-class Linear(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(784, 10, generator=generator) / 28)
-
-    def forward(self, images):
-        return images.flatten(1) @ self.weight
 
 
 class Deadly(fb.attacks.DDNAttack):

@@ -102,7 +102,8 @@ def evaluate(
     )
 
     added_models, added_attacks = load_additions(add) if add is not None else ([], [])
-    names = [] if model is None and added_models else _model_names(model, available_models())
+    usual = [n for n in available_models() if weights is None or n != "certified-abs"]
+    names = [] if model is None and added_models else _model_names(model, usual)
     models = [our_model(name, weights=weights, seed=seed) for name in names]
     if nearest_neighbor_data is not None:
         stored = {"name": NEAREST_NEIGHBOR, "weights": str(nearest_neighbor_data)}
@@ -165,7 +166,9 @@ def certify(
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with prototypes of so many seeds: an error bar.")] = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Points of the true class tried, where radii are proved.")] = 20,
     starts: Annotated[int, typer.Option(min=1, help="Descents a class, where radii are estimated.")] = 4,
-    weights: WeightsSource = "mnist",
+    weights: Annotated[
+        str | None, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net; default: the model's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; a stopped run continues there.")] = Path(
         "abs-defense-certificates"
     ),

@@ -18,6 +18,8 @@ from foolbox.distances import LpDistance
 from foolbox.models import Model
 from foolbox.types import Bounds
 
+from abs_defense._checks import check_counts
+
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -64,20 +66,6 @@ class L0Distance(LpDistance):
         np.put_along_axis(mask, order[:, :kept], True, axis=1)
         clipped: T = restore_type(ep.where(ep.from_numpy(x, mask).reshape(x.shape), y, x))
         return clipped
-
-
-def check_counts(least: int = 1, **settings: int | None) -> None:
-    """Raise ``ValueError`` for settings below ``least``; None means no limit."""
-    for name, value in settings.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def check_positive(**settings: float) -> None:
-    """Raise ``ValueError`` for settings that are not above zero."""
-    for name, value in settings.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 class WrappedModel(Model):

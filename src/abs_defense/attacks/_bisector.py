@@ -12,13 +12,8 @@ from foolbox.distances import Distance, l2, linf
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import (
-    ContractAttack,
-    L0Distance,
-    as_starting_points,
-    check_counts,
-    check_positive,
-)
+from abs_defense._checks import check_counts, check_positive
+from abs_defense.attacks._base import ContractAttack, L0Distance, as_starting_points
 from abs_defense.attacks._insight import Goal, Insight, bisect, per_image
 from abs_defense.attacks._programs import (
     L0Program,

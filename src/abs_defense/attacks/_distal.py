@@ -11,14 +11,8 @@ from foolbox.criteria import TargetedMisclassification
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import (
-    as_criterion,
-    check_bounds,
-    check_counts,
-    check_labels,
-    check_positive,
-    query_rows,
-)
+from abs_defense._checks import check_counts, check_positive
+from abs_defense.attacks._base import as_criterion, check_bounds, check_labels, query_rows
 from abs_defense.inference import listen
 
 

@@ -13,7 +13,8 @@ from foolbox.criteria import Criterion
 from foolbox.distances import Distance
 from foolbox.models import Model
 
-from abs_defense.attacks._base import ContractAttack, Oracle, Rows, check_counts, query_rows, some_images
+from abs_defense._checks import check_counts
+from abs_defense.attacks._base import ContractAttack, Oracle, Rows, query_rows, some_images
 
 
 class _Delegating(ContractAttack):

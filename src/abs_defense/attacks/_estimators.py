@@ -11,7 +11,8 @@ import torch
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import WrappedModel, check_counts, check_positive, queried_rows, query_rows
+from abs_defense._checks import check_counts, check_positive
+from abs_defense.attacks._base import WrappedModel, queried_rows, query_rows
 
 T = TypeVar("T")
 

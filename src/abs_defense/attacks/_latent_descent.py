@@ -9,7 +9,8 @@ from foolbox.distances import l2
 from foolbox.models import Model
 from torch import Tensor
 
-from abs_defense.attacks._base import ContractAttack, check_counts, check_positive
+from abs_defense._checks import check_counts, check_positive
+from abs_defense.attacks._base import ContractAttack
 from abs_defense.attacks._insight import Goal, Insight, active, bisect, per_image
 from abs_defense.inference import Observation
 

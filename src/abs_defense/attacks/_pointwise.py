@@ -15,14 +15,8 @@ from foolbox.criteria import Criterion
 from foolbox.distances import Distance, l2
 from foolbox.models import Model
 
-from abs_defense.attacks._base import (
-    ContractAttack,
-    L0Distance,
-    Oracle,
-    as_starting_points,
-    check_counts,
-    some_images,
-)
+from abs_defense._checks import check_counts
+from abs_defense.attacks._base import ContractAttack, L0Distance, Oracle, as_starting_points, some_images
 
 Image = npt.NDArray[np.floating[Any]]
 Search = Generator[Image, bool, Image]

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from foolbox.models import Model
 
-from abs_defense.attacks._base import Rows, WrappedModel, check_counts, queried_rows
+from abs_defense._checks import check_counts
+from abs_defense.attacks._base import Rows, WrappedModel, queried_rows
 
 T = TypeVar("T")
 

@@ -110,7 +110,7 @@ def curve_figure(
         axis.set(xlabel=f"{NORMS[norm].label} distance", ylim=(0, 102), xlim=(0, 1.05 * largest))
         axis.set_title(NORMS[norm].label, fontsize=9)
     panels[0].set_ylabel("accuracy left (%)")
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     behind = "wide, pale: published" if curves else "crosses: published"
     figure.suptitle(f"solid: under attack; dashed: certified; {behind}; dotted: the paper's threshold", fontsize=8)
     return figure

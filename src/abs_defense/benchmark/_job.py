@@ -22,7 +22,6 @@ from abs_defense.benchmark._figures import (
     reconstruction_figure,
     save_figure,
 )
-from abs_defense.benchmark._measure import device_of
 from abs_defense.benchmark._published import Curve
 from abs_defense.benchmark._report import ReportFigure, write_report
 from abs_defense.benchmark._runner import PIECES, Executor, Plan, Record, Result, gather, make_plan, run_plan
@@ -32,7 +31,7 @@ from abs_defense.benchmark._table import Row, attack_rows, model_rows, of_attack
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 from abs_defense.inference import Inference
-from abs_defense.models import ABS
+from abs_defense.models import ABS, device_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounte
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import NORMS, AttackSpec, CertificateSpec, DistalSpec, Measurement
 from abs_defense.certificates import certify
-from abs_defense.models import ABS, Classifier
+from abs_defense.models import ABS, Classifier, device_of, state_sha256
 
 OnQueries = Callable[[int], None]
 _FINITE_DIFFERENCE_CHUNK = 1568
@@ -56,21 +55,10 @@ def measure(
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What a result of a model depends on: kind, settings, hash of the weights."""
-    kind = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
+    kind: dict[str, Any] = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
     if isinstance(model, Classifier):
-        return {**kind, **model.describe(), "weights_sha256": model.weights_sha256()}
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return {**kind, "weights_sha256": digest.hexdigest()}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is; the CPU if it has neither parameters nor buffers."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+        kind |= model.describe()
+    return {**kind, "weights_sha256": state_sha256(model)}
 
 
 @dataclass(frozen=True)

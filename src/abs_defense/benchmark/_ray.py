@@ -9,7 +9,6 @@ import torch
 
 from abs_defense.benchmark._runner import Executor, Failure, Outcome, Piece, attempt
 from abs_defense.benchmark._store import Arrays
-from abs_defense.benchmark._suite import ModelSpec
 
 _RETRIES = 3
 
@@ -52,15 +51,16 @@ def ray_executor(address: str, *, cpus: int = 1, gpus: float = 0.0) -> Executor:
     return execute
 
 
-_models: dict[str, tuple[ModelSpec, Any]] = {}
+_models: dict[str, tuple[dict[str, Any], Any]] = {}
 
 
 def _work(piece: Piece, threads: int, device: str) -> Arrays | Failure:
     torch.set_num_threads(threads)
     name = piece.model.name
     try:
-        if name not in _models or _models[name][0] != piece.model:
-            _models[name] = piece.model, piece.model.make().to(device)
+        described = piece.key.model_settings
+        if name not in _models or _models[name][0] != described:
+            _models[name] = described, piece.model.make().to(device)
     except Exception as error:
         return Failure(f"{type(error).__name__}: {error}")
     return attempt(piece, _models[name][1], device)

@@ -320,11 +320,10 @@ def choose_measurements(
 
 
 def our_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -> ModelSpec:
-    """One of ``load_model``; ``seed`` is for the models of ABS, ``weights`` for those but ``certified-abs``."""
+    """One of the models of ``load_model``; ``weights`` and ``seed`` are for those of ABS."""
     settings: dict[str, Any] = {"name": name}
     if name in ABS_NAMES:
-        source = None if weights is None or name == "certified-abs" else str(weights)
-        settings |= {"weights": source, "seed": seed}
+        settings |= {"weights": None if weights is None else str(weights), "seed": seed}
     return ModelSpec(name, load_model, settings, kind=name)
 
 

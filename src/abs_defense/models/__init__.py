@@ -13,7 +13,7 @@ from abs_defense.models._baselines import (
     save_baseline,
     untrained_network,
 )
-from abs_defense.models._classifier import Classifier
+from abs_defense.models._classifier import Classifier, device_of, state_sha256
 from abs_defense.models._registry import (
     ABS_NAMES,
     MODEL_NAMES,
@@ -55,6 +55,7 @@ __all__ = [
     "bundled_weights",
     "compress_images",
     "default_weights",
+    "device_of",
     "fold_decoders",
     "load_baseline",
     "load_card",
@@ -62,6 +63,7 @@ __all__ = [
     "load_weights",
     "save_baseline",
     "save_weights",
+    "state_sha256",
     "unfold_decoders",
     "untrained_network",
 ]

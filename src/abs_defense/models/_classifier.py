@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,8 +36,20 @@ class Classifier(nn.Module):
 
     def weights_sha256(self) -> str:
         """Digest of the weights and calibration in use: which model a number was measured on."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().double().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return state_sha256(self)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Digest of names and values of all parameters and persistent buffers, in double precision."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module is; the CPU if it has neither parameters nor buffers."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

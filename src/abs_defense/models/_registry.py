@@ -72,6 +72,8 @@ def load_model(
     """
     if name in _ABS_MODELS:
         source = default_weights(name) if weights is None else weights
+        if weights is None and source not in bundled_weights():
+            raise FileNotFoundError(f"this installation has no weights of {name!r}: see abs-defense train --help")
         return _ABS_MODELS[name](source, gradient=gradient, seed=seed)
     if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.inference import PIXELS
@@ -22,6 +23,7 @@ from abs_defense.models import (
     Classifier,
     Network,
     compress_images,
+    device_of,
     load_baseline,
     save_baseline,
     untrained_network,
@@ -59,12 +61,8 @@ class NetworkTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "adversary_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "adversary_step_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size, adversary_steps=self.adversary_steps)
+        check_positive(learning_rate=self.learning_rate, adversary_step_size=self.adversary_step_size)
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon: expected a number in [0, 1], got {self.epsilon}")
 
@@ -114,7 +112,7 @@ def train_network(
         for epoch in range(start, recipe.epochs):
             with _seeded(recipe.seed, epoch):
                 order = torch.randperm(len(data))[: steps * recipe.batch_size]
-                for rows in order.view(steps, -1) if len(data) >= recipe.batch_size else [torch.randperm(len(data))]:
+                for rows in order.split(recipe.batch_size):
                     x, y = data.images[rows].to(device), data.labels[rows].to(device)
                     if recipe.epsilon:
                         x = _worst_case(model, x, y, recipe)
@@ -212,7 +210,7 @@ def train_baseline(
 
 def accuracy(model: Classifier, data: ImageSet) -> float:
     """Fraction of images classified correctly."""
-    device = _device(model)
+    device = device_of(model)
     with torch.no_grad():
         correct = [
             model(x.to(device)).argmax(1).cpu() == y
@@ -227,7 +225,7 @@ _RESTARTS = 5
 
 def robust_accuracy(model: Classifier, data: ImageSet, epsilon: float, *, progress: bool = True) -> float:
     """Accuracy under 40 steps of foolbox's L-infinity PGD with 5 random restarts (seed 0)."""
-    device = _device(model)
+    device = device_of(model)
     attack = foolbox.attacks.LinfPGD(**_PGD).repeat(_RESTARTS)
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
     held = 0
@@ -237,7 +235,3 @@ def robust_accuracy(model: Classifier, data: ImageSet, epsilon: float, *, progre
             held += int((~success).sum())
             bar.update(len(x))
     return held / len(data)
-
-
-def _device(model: Classifier) -> torch.device:
-    return next(iter([*model.parameters(), *model.buffers()])).device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.certificates import certify
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, DecoderStack, kl_divergence
-from abs_defense.models import Weights, load_model, save_weights
+from abs_defense.models import Weights, load_model, save_weights, state_sha256
 from abs_defense.training._card import write_card
 from abs_defense.training._checkpoint import load_checkpoint, save_checkpoint
 
@@ -60,13 +60,12 @@ class CertifiedTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "refresh"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_counts(epochs=self.epochs, batch_size=self.batch_size, refresh=self.refresh)
+        check_positive(
+            learning_rate=self.learning_rate, latent_learning_rate=self.latent_learning_rate, margin=self.margin
+        )
         if not 0 <= self.shift <= 3:
             raise ValueError(f"shift: expected 0 to 3 pixels, got {self.shift}")
-        if not self.margin > 0:
-            raise ValueError(f"margin: expected a positive number, got {self.margin}")
 
 
 class _Points(nn.Module):
@@ -181,7 +180,7 @@ def train_certified(
     total = config.epochs * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.02, 1.0 - step / total))
     stateful: dict[str, Any] = {"points": points, "optimizer": optimizer, "schedule": schedule}
-    identity = {**asdict(config), "images": data.sha256(), "weights": _digest(weights)}
+    identity = {**asdict(config), "images": data.sha256(), "weights": state_sha256(points)}
     saved = load_checkpoint(folder, identity)
     start, log = 0, []
     if saved is not None:
@@ -249,7 +248,7 @@ def train_certified_abs(
         data=train.name,
         data_sha256=train.sha256(),
         recipe=asdict(config),
-        start_sha256=_digest(weights),
+        start_sha256=state_sha256(_Points(weights)),
         test_figures=None if test is None else _figures(path, test, device, progress),
     )
 
@@ -286,12 +285,3 @@ def _shifted(images: Tensor, down: int, right: int) -> Tensor:
     padded = F.pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)))
     top, left = max(-down, 0), max(-right, 0)
     return padded[..., top : top + height, left : left + width]
-
-
-def _digest(weights: Weights) -> str:
-
-    digest = hashlib.sha256()
-    assert weights.prototypes is not None
-    for tensor in (*weights.decoders.state_dict().values(), weights.prototypes):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

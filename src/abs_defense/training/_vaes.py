@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.models._vae import VAE
@@ -58,11 +59,13 @@ class VAETraining:
     checkpoint_every: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "latent_dim", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        check_counts(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            latent_dim=self.latent_dim,
+            checkpoint_every=self.checkpoint_every,
+        )
+        check_positive(learning_rate=self.learning_rate)
 
     def kl_weight(self, epoch: int) -> float:
         """Weight of the KL term in an epoch (counted from 0)."""
