@@ -75,7 +75,15 @@ def test_learning_rate_stays_then_decays():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"latent_dim": 0}, {"checkpoint_every": 0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"latent_dim": 0},
+        {"checkpoint_every": 0},
+        {"augment": 1.5},
+    ],
 )
 def test_recipe_out_of_range(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
@@ -83,7 +91,7 @@ def test_recipe_out_of_range(wrong):
 
 
 def test_training_learns(toy, tmp_path):
-    train_vaes(toy, tmp_path, VAETraining(epochs=12, batch_size=16, kl_epochs=4, augment=False), progress=False)
+    train_vaes(toy, tmp_path, VAETraining(epochs=12, batch_size=16, kl_epochs=4, augment=0.0), progress=False)
     with (tmp_path / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 * 3
@@ -166,7 +174,7 @@ def test_result_does_not_depend_on_the_workers(toy, finished, tmp_path):
 
 
 def test_starts_from_earlier_vaes(toy, finished, tmp_path):
-    short = VAETraining(epochs=1, batch_size=16, kl_epochs=0, learning_rate=1e-9, augment=False)
+    short = VAETraining(epochs=1, batch_size=16, kl_epochs=0, learning_rate=1e-9, augment=0.0)
     tuned = train_vaes(toy, tmp_path, short, init=finished[1], progress=False)
     for before, after in zip(_states(finished[1]), _states(tuned), strict=True):
         torch.testing.assert_close(before["decoder.conv_1.weight"], after["decoder.conv_1.weight"], rtol=0, atol=1e-6)
@@ -221,7 +229,7 @@ def test_output_path_that_is_a_file(toy, tmp_path):
 
 def test_whole_training_of_three_classes(toy, toy_folder, tmp_path, monkeypatch):
     test_set = load_idx_dataset(toy_folder, "test")
-    config = VAETraining(epochs=30, batch_size=16, kl_epochs=10, decay_from=20, augment=False, checkpoint_every=10)
+    config = VAETraining(epochs=30, batch_size=16, kl_epochs=10, decay_from=20, augment=0.0, checkpoint_every=10)
     card = train_abs(
         toy, tmp_path, config, test=test_set, calibration_images=48, prototypes=20, command="c", progress=False
     )
@@ -318,7 +326,7 @@ def test_training_starts_from_bundled_decoders(toy, tmp_path):
     )
     save_weights(tmp_path / "three.safetensors", Weights(three, Calibration(1.0, 0.0, (1.0,) * 3)))
     start = load_vaes(tmp_path / "three.safetensors")
-    config = VAETraining(epochs=1, encoder_epochs=1, kl_epochs=0, augment=False)
+    config = VAETraining(epochs=1, encoder_epochs=1, kl_epochs=0, augment=0.0)
     trained = train_vaes(toy, tmp_path / "out", config, init=start, progress=False)
     for before, after in zip(start, trained, strict=True):
         for name, value in after.decoder.state_dict().items():

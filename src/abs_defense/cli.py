@@ -217,7 +217,9 @@ def train_abs_command(
     init: Annotated[
         Path | None, typer.Option(help="Start from a vaes.safetensors, from 'mnist' or from a file of ABS weights.")
     ] = None,
-    augment: Annotated[bool, typer.Option(help="Light zoom, shear, skew, elastic distortion.")] = True,
+    augment: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Probability of each of zoom, shear, skew, elastic distortion.")
+    ] = 0.1,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Epochs between checkpoints.")] = 2,
     calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
     prototypes: Annotated[int, typer.Option(min=0, help="Prototypes a class to choose for prototype-abs.")] = 4000,

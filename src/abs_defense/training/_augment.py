@@ -10,19 +10,19 @@ from torch import Tensor, nn
 _global_random_state = threading.Lock()
 
 
-def light_augmentation() -> nn.Module:
-    """Zoom, shear, skew and elastic distortion, each with probability 0.1 an image.
+def light_augmentation(probability: float = 0.1) -> nn.Module:
+    """Zoom, shear, skew and elastic distortion, each with ``probability`` an image.
 
-    The kinds and the probability are those of the second author's reimplementation; the strengths are ours: zoom by
+    The kinds and the default probability are those of the second author's reimplementation; the strengths are ours: zoom by
     up to 10 %, shear by up to 10 degrees, corners moved by up to 5 % of the side, elastic fields of about one pixel.
     """
     import kornia.augmentation as K
 
     return K.AugmentationSequential(
-        K.RandomAffine(degrees=0.0, scale=(0.9, 1.1), p=0.1),
-        K.RandomAffine(degrees=0.0, shear=(-10.0, 10.0, -10.0, 10.0), p=0.1),
-        K.RandomPerspective(distortion_scale=0.1, p=0.1),
-        K.RandomElasticTransform(kernel_size=(25, 25), sigma=(4.0, 4.0), alpha=(1.5, 1.5), p=0.1),
+        K.RandomAffine(degrees=0.0, scale=(0.9, 1.1), p=probability),
+        K.RandomAffine(degrees=0.0, shear=(-10.0, 10.0, -10.0, 10.0), p=probability),
+        K.RandomPerspective(distortion_scale=0.1, p=probability),
+        K.RandomElasticTransform(kernel_size=(25, 25), sigma=(4.0, 4.0), alpha=(1.5, 1.5), p=probability),
         data_keys=["input"],
     )
 

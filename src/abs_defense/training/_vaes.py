@@ -38,6 +38,8 @@ class VAETraining:
     reimplementation: learning rate 3e-3, batches of 128, light augmentation. Ours: the number of epochs, and the
     cosine decay of the learning rate from ``decay_from`` to the last epoch.
 
+    ``augment`` is the probability of each kind of augmentation for an image; 0 for none.
+
     In the first ``encoder_epochs`` epochs only the encoders learn, for a start from decoders whose encoders are not
     at hand.
 
@@ -53,7 +55,7 @@ class VAETraining:
     kl_end: float = 1.0
     kl_epochs: int = 50
     encoder_epochs: int = 0
-    augment: bool = True
+    augment: float = 0.1
     latent_dim: int = 8
     seed: int = 0
     checkpoint_every: int = 2
@@ -66,6 +68,8 @@ class VAETraining:
             checkpoint_every=self.checkpoint_every,
         )
         check_positive(learning_rate=self.learning_rate)
+        if not 0.0 <= self.augment <= 1.0:
+            raise ValueError(f"augment: expected a probability between 0 and 1, got {self.augment}")
 
     def kl_weight(self, epoch: int) -> float:
         """Weight of the KL term in an epoch (counted from 0)."""
@@ -93,7 +97,7 @@ class _ClassTrainer:
             vae.load_state_dict(init.state_dict())
         self.vae = vae.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=config.learning_rate, fused=True)
-        self.pipeline: nn.Module | None = light_augmentation() if config.augment else None
+        self.pipeline: nn.Module | None = light_augmentation(config.augment) if config.augment else None
 
     def _seed(self, epoch: int) -> int:
         return (self.config.seed * 1_000_003 + epoch + 1) * 1_009 + self.label
