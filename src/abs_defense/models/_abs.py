@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from abs_defense.inference import (
 from abs_defense.models._classifier import Classifier
 from abs_defense.models._images import BINARY_THRESHOLD, check_images
 from abs_defense.models._weights import Weights, load_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Gradient = Literal["envelope", "unrolled", "none"]
 
@@ -190,6 +193,25 @@ class ABS(Classifier):
             "prototypes_sha256": hashlib.sha256(self.prototype_latents.cpu().numpy().tobytes()).hexdigest(),
             "prototype_seed": self.seed,
         }
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> str | None:
+        """Write weights, settings and card to a folder; see ``abs_defense.hub.save_pretrained``."""
+        from abs_defense.hub import save_pretrained
+
+        return save_pretrained(self, folder, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload to the Hugging Face Hub; see ``abs_defense.hub.push_to_hub``."""
+        from abs_defense.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Self:
+        """A model from a folder or a repository of the Hub; see ``abs_defense.hub.from_pretrained``."""
+        from abs_defense.hub import from_pretrained
+
+        return from_pretrained(cls, source, **kwargs)
 
     def _flatten(self, images: Tensor) -> Tensor:
         return self._see(images.detach()).flatten(1).to(self._dtype).clone()
