@@ -4,19 +4,20 @@ import numpy as np
 from art.attacks.evasion import AutoProjectedGradientDescent, FastGradientMethod
 from matplotlib import pyplot as plt
 
+from abs_defense import ABS
 from abs_defense.art import ABSClassifier, LatentDescent, Pointwise
 from abs_defense.data import foolbox_digits
 
-digits = foolbox_digits().head(6)
+digits = foolbox_digits().head(5)
 images, labels = digits.images.numpy(), digits.labels.numpy()
-classifier = ABSClassifier("prototype-abs")
+classifier = ABSClassifier(ABS(prototypes=2000, steps=0))  # or a name: "abs", "binary-abs", "prototype-abs", ...
 attacks = {
     "FGM, L∞ 0.25": FastGradientMethod(classifier, eps=0.25),
     "AutoPGD, L∞ 0.25": AutoProjectedGradientDescent(
         classifier, eps=0.25, max_iter=20, nb_random_init=1, verbose=False
     ),
     "Latent Descent": LatentDescent(classifier, stepsize=0.05, verbose=False),
-    "Pointwise": Pointwise(classifier, max_queries=200, verbose=False),
+    "Pointwise": Pointwise(classifier, max_queries=400, verbose=False),
 }
 
 figure, axes = plt.subplots(len(attacks) + 1, len(images), figsize=(1.3 * len(images) + 1, 7), layout="constrained")
