@@ -1,6 +1,10 @@
-"""The Python snippets of README and docs run as they stand, page by page, on two digits and few prototypes."""
+"""Every snippet of README and docs is run or checked. Python runs as it stands, page by page, on two digits, with few
+prototypes and short trainings; of commands, what they name must exist."""
 
+import importlib
+import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +14,38 @@ import torch
 
 import abs_defense.art
 import abs_defense.data
+import abs_defense.training
 from abs_defense import ABS
+from abs_defense.benchmark import AttackSpec, ModelSpec
+from abs_defense.training import VAETraining
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHECKED = {"python", "bash", "toml"}
+NOT_CODE = {"text", "mermaid"}
+PARTS = ("attacks", "benchmark", "certificates", "data", "models", "training")
+MODULES = ("abs_defense", *(f"abs_defense.{part}" for part in PARTS))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def snippets(page):
-    return SNIPPET.findall(page.read_text())
+def snippets(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Each command of each line of shell, in words."""
+    for page in PAGES:
+        for block in snippets(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    words = shlex.split(command, comments=True)
+                    if words:
+                        yield page, words
 
 
 @pytest.fixture
@@ -31,6 +57,7 @@ def in_small(monkeypatch, digits, tmp_path):
     monkeypatch.setattr(abs_defense, "ABS", lambda *args, **kwargs: ABS(*args, **{**small, **kwargs}))
     monkeypatch.setattr(abs_defense, "load_model", lambda name: ABS(prototypes=200, steps=0))
     monkeypatch.setattr(abs_defense.art, "load_model", lambda name: ABS(prototypes=200, steps=0))
+    monkeypatch.setattr(abs_defense.training, "VAETraining", lambda **kwargs: VAETraining(**{**kwargs, "epochs": 12}))
     monkeypatch.chdir(tmp_path)
 
 
@@ -44,28 +71,71 @@ def test_snippets_run(page, in_small):
         assert not isinstance(value, torch.Tensor) or torch.isfinite(value.double()).all()
 
 
+def test_every_snippet_is_run_or_checked():
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+        assert set(fences[::2]) <= CHECKED | NOT_CODE, page
+        assert not any(fences[1::2]), page
+        assert all(len(snippets(page, language)) == fences[::2].count(language) for language in CHECKED), page
+
+
 def test_commands_of_the_docs_exist():
-    """Every option of every ``abs-defense`` line in README and docs is one of the command's."""
+    """Of each command: its subcommands and options, the script, or the extra that it names."""
     import typer
 
     from abs_defense.cli import app
 
-    command = typer.main.get_command(app)
-    lines = [
-        line.split("#")[0]
-        for page in PAGES
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.strip().startswith("abs-defense ")
-    ]
-    assert len(lines) > 10
-    for line in lines:
-        words = line.split()[1:]
-        current = command
-        while words and words[0] in getattr(current, "commands", {}):
-            current = current.commands[words.pop(0)]
-        known = {name for parameter in current.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= known, line
+    root = typer.main.get_command(app)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = 0
+    for page, (program, *words) in commands():
+        where = f"{page.name}: {program} {' '.join(words)}"
+        if program == "abs-defense":
+            ours += 1
+            current = root
+            while words and words[0] in getattr(current, "commands", {}):
+                current = current.commands[words.pop(0)]
+            known = {name for parameter in current.params for name in (*parameter.opts, *parameter.secondary_opts)}
+            assert {word for word in words if word.startswith("--")} <= known | {"--help"}, where
+        elif program == "python":
+            assert words == ["-m", "pytest"] or (ROOT / words[0]).is_file(), where
+        elif program == "pip":
+            assert words[0] == "install", where
+            named = re.search(r"\[(.*)\]", " ".join(words))
+            assert named is None or set(named[1].split(",")) <= set(extras), where
+        else:
+            assert [program, *words] == ["mkdocs", "serve"], where
+    assert ours > 20
+
+
+def test_toml_of_the_docs_fits():
+    for page in PAGES:
+        for text in snippets(page, "toml"):
+            tables = tomllib.loads(text)
+            assert tables.keys() <= {"models", "attacks"}
+            for kind, entries in {ModelSpec: tables.get("models", []), AttackSpec: tables.get("attacks", [])}.items():
+                assert all(kind(**entry).factory for entry in entries)
+
+
+def test_scripts_named_in_the_docs_exist():
+    named = [name for page in PAGES for name in re.findall(r"(?:examples|benchmarks)/\w+\.py", page.read_text())]
+    assert {Path(name).name for name in named} >= {path.name for path in EXAMPLES}
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_reference_has_every_public_name(tmp_path):
+    """Built by mkdocs, in a process of its own; skipped only where the docs extra is missing."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = "".join(path.read_text() for path in (tmp_path / "reference").glob("*.html"))
+    headings = " ".join(re.findall(r"<h[2-4].*?</h[2-4]>", text, re.DOTALL))
+    for module in map(importlib.import_module, MODULES):
+        for name in module.__all__:
+            is_constant = not inspect.isclass(getattr(module, name)) and not inspect.isfunction(getattr(module, name))
+            assert is_constant or re.search(rf"\b{name}\b", headings), f"{module.__name__}.{name}"
 
 
 def test_links_inside_the_repository_lead_somewhere():

@@ -48,7 +48,8 @@ class Piece:
         model: how to make the model.
         measurement: what to do.
         key: under which the result is stored.
-        images, labels: of the shard, on the CPU.
+        images: of the shard, on the CPU.
+        labels: likewise.
     """
 
     model: ModelSpec

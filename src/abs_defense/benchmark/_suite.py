@@ -85,7 +85,8 @@ class Measurement:
         norm: of the distances or radii; None if there are none.
         settings: part of every result.
         models: kinds that it serves; empty for all.
-        queries, gradients: expected an image, for estimates of the time.
+        queries: expected an image, for estimates of the time.
+        gradients: likewise.
         piece: the most images of one piece of work.
     """
 

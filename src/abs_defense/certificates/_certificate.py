@@ -36,13 +36,16 @@ class Certificate:
             0 for misclassified images; infinity where no perturbation at all is enough.
         proved: the radius holds for the model as it runs, rounding included. Else it is an estimate, because the
             minimum over the latents was searched numerically, as it is in the model's inference.
-        method, norm: as asked for.
+        method: as asked for.
+        norm: as asked for.
         correct: ``(N,)``, whether the model gives the unperturbed image to its class.
         rival: ``(N,)``, the class that limits the radius, for misclassified images the predicted one; -1 for none.
-        point, offset: that class's point (p, k) that limits it, ``(N, 1, 28, 28)`` and ``(N,)``; NaN where there is
-            none, and for ``"lipschitz"`` and ``"paper"``, which bound all points at once.
-        anchor, anchor_offset: the point of the true class that holds it off, as above; NaN for ``"exact"``, which
-            needs all of them.
+        point: p of that class's point (p, k) that limits the radius, ``(N, 1, 28, 28)``; NaN where there is none, and
+            for ``"lipschitz"`` and ``"paper"``, which bound all points at once.
+        offset: its k, ``(N,)``.
+        anchor: p of the point of the true class that holds it off, as ``point``; NaN for ``"exact"``, which needs all
+            of them.
+        anchor_offset: its k, ``(N,)``.
         adversarial: for ``"exact"``: the nearest image of another class, ``(N, 1, 28, 28)``, up to rounding; the
             image itself where it is misclassified, NaN where there is none. None for other methods.
     """
