@@ -146,6 +146,18 @@ def small_binary(random_weights):
 
 
 @pytest.fixture(scope="session")
+def bfgs_abs(random_weights):
+    """``small_abs`` with the faster solver. Shared by all tests: do not change it."""
+    return ABS(random_weights(), prototypes=64, steps=20, solver="bfgs")
+
+
+@pytest.fixture(scope="session")
+def bfgs_binary(random_weights):
+    """``small_binary`` with the faster solver. Shared by all tests: do not change it."""
+    return BinaryABS(random_weights(), prototypes=64, steps=20, solver="bfgs")
+
+
+@pytest.fixture(scope="session")
 def own_images(small_abs):
     """Factory of images that ``small_abs`` decodes from likely latents, with their classes in turn.
 

@@ -339,7 +339,7 @@ def test_inference_is_nearest_prototype_then_descent(random_stack):
     decoders, prototypes, images = stack.class_decoders(), prototypes_of(stack, 40), flat_images(5)
     energies, latents = infer_latents(decoders, prototypes, images, SETTINGS)
     start = prototypes.latents[prototypes.nearest(images, 1.0)[0]]
-    found = descend(decoders, images, start, **vars(SETTINGS))
+    found = descend(decoders, images, start, steps=5, lr=0.05, radius=5.0, beta=1.0)
     assert_close(latents, found.transpose(0, 1), rtol=0, atol=1e-10)
     assert_close(energies, energy(images, stack(found).flatten(2), found, 1.0).T, rtol=1e-10, atol=0)
 

@@ -18,7 +18,7 @@ from abs_defense import ABS, BinaryABS, Inference, load_model
 from abs_defense.inference import Prototypes, infer_latents
 from abs_defense.models import MODEL_NAMES, save_weights
 
-MODELS = ("tiny_abs", "tiny_binary", "small_abs", "small_binary")
+MODELS = ("tiny_abs", "tiny_binary", "small_abs", "small_binary", "bfgs_abs", "bfgs_binary")
 
 
 @pytest.fixture(params=MODELS)
@@ -60,7 +60,8 @@ def gradient_of(model, images, cotangent=None):
 
 def exact_logits(model, images):
     """The logits of a float64 model, in float64, which ``forward`` rounds to float32."""
-    prototypes = Prototypes(model.prototype_latents, model.prototype_images, model.prototype_offsets)
+    buffers = (model.prototype_latents, model.prototype_images, model.prototype_offsets, model.curvature)
+    prototypes = Prototypes(*buffers)
     flat = images.flatten(1)
     return (
         -float(model.alpha) / 784 * infer_latents(model.decoders.class_decoders(), prototypes, flat, model.settings)[0]

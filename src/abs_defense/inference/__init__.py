@@ -6,6 +6,7 @@ from abs_defense.inference._energy import energy, kl_divergence
 from abs_defense.inference._infer import (
     Inference,
     InferenceSettings,
+    Solver,
     envelope_gradient,
     infer_latents,
     reconstruct,
@@ -13,6 +14,7 @@ from abs_defense.inference._infer import (
 )
 from abs_defense.inference._observe import Observation, listen, publish
 from abs_defense.inference._prototypes import Prototypes, sample_latents
+from abs_defense.inference._quasi_newton import average_curvature, minimise
 
 __all__ = [
     "IMAGE_SHAPE",
@@ -23,13 +25,16 @@ __all__ = [
     "InferenceSettings",
     "Observation",
     "Prototypes",
+    "Solver",
     "adam_in_ball",
+    "average_curvature",
     "descend",
     "energy",
     "envelope_gradient",
     "infer_latents",
     "kl_divergence",
     "listen",
+    "minimise",
     "project_to_ball",
     "publish",
     "reconstruct",

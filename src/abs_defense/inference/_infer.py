@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder
 from abs_defense.inference._descent import descend
 from abs_defense.inference._energy import energy
 from abs_defense.inference._prototypes import Prototypes
+from abs_defense.inference._quasi_newton import minimise
 
 _CHUNK_CPU = 128
 _CHUNK_CUDA = 2048
 _CHUNK_UNROLLED = 16
+
+Solver = Literal["adam", "bfgs"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class InferenceSettings:
     lr: float
     radius: float
     beta: float
+    solver: Solver = "adam"
 
 
 def _chunk_size(images: Tensor) -> int:
@@ -73,13 +78,12 @@ def infer_latents(
     energies = images.new_empty(len(images), classes)
     latents = images.new_empty(len(images), classes, prototypes.latents.shape[-1])
     for x, energy_out, latents_out in _chunks(_chunk_size(images), images, energies, latents):
-        indices, start_energy = prototypes.nearest(x, settings.beta)
-        z = prototypes.latents_at(indices).to(images.dtype)
         if settings.steps == 0:
+            indices, start_energy = prototypes.nearest(x, settings.beta)
             energy_out.copy_(start_energy.T)
-            latents_out.copy_(z.transpose(0, 1))
+            latents_out.copy_(prototypes.latents_at(indices).transpose(0, 1))
             continue
-        z = _descend(decoders, x, z, settings).transpose(0, 1)
+        z = _solve(decoders, prototypes, x, settings).transpose(0, 1)
         energy_out.copy_(energy(x[:, None], _decode(decoders, z), z, settings.beta))
         latents_out.copy_(z)
     return energies, latents
@@ -128,6 +132,23 @@ def unrolled_gradient(
                 weighted = (w_class * energy(live, decoder(z), z, settings.beta)).sum()
                 target += torch.autograd.grad(weighted, live)[0]
     return gradient
+
+
+def _solve(decoders: Sequence[ClassDecoder], prototypes: Prototypes, x: Tensor, settings: InferenceSettings) -> Tensor:
+    if settings.solver == "adam":
+        starts = prototypes.latents_at(prototypes.nearest(x, settings.beta)[0]).to(x.dtype)
+        return _descend(decoders, x, starts, settings)
+    assert prototypes.curvature is not None
+    starts = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)]).to(x.dtype)
+    return minimise(
+        decoders,
+        x,
+        starts,
+        prototypes.curvature,
+        steps=settings.steps,
+        radius=settings.radius,
+        beta=settings.beta,
+    )
 
 
 def _descend(decoders: Sequence[ClassDecoder], x: Tensor, start: Tensor, settings: InferenceSettings) -> Tensor:

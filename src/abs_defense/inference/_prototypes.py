@@ -14,6 +14,8 @@ from abs_defense.inference._energy import energy, kl_divergence
 _DROPPED_FRACTION = 0.1
 _DECODE_CHUNK = 128
 _CANDIDATES = 4
+_FAR_CANDIDATES = 32
+_FAR = 2.5
 
 
 def sample_latents(count: int, latent_dim: int, seed: int) -> Tensor:
@@ -35,11 +37,13 @@ class Prototypes:
         latents: z, ``(K, L)`` if the classes share them, else ``(C, K, L)``.
         images: G_c(z), ``(C, K, 784)``.
         offsets: ||G_c(z)||^2 + beta KL(z), ``(C, K)``: what the search adds to -2 x . G_c(z).
+        curvature: ``(C, L, L)``, what the solver "bfgs" begins with (see ``average_curvature``), or None.
     """
 
     latents: Tensor
     images: Tensor
     offsets: Tensor
+    curvature: Tensor | None = None
 
     @classmethod
     def decode(cls, decoders: Sequence[ClassDecoder], latents: Tensor, beta: float) -> Prototypes:
@@ -64,8 +68,8 @@ class Prototypes:
     def nearest(self, images: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """The prototype of lowest energy of each class for each image.
 
-        One matrix product finds a few candidates; their energies are then computed in float64, so that the choice
-        does not depend on how the product was rounded, and so not on the batch.
+        One matrix product a class finds a few candidates; their energies are then computed in float64, so that the
+        choice does not depend on how the product was rounded, and so not on the batch.
 
         Args:
             images: ``(N, 784)``.
@@ -74,14 +78,53 @@ class Prototypes:
         Returns:
             Indices ``(C, N)`` and energies ``(C, N)`` in float64.
         """
-        dtype = torch.promote_types(self.images.dtype, images.dtype)
-        exact_images = images.double()
         indices, energies = [], []
-        for points, offsets, latents in zip(self.images, self.offsets, self.class_latents, strict=True):
-            scores = torch.addmm(offsets.to(dtype), images.to(dtype), points.to(dtype).T, alpha=-2.0)
-            candidates = scores.topk(min(_CANDIDATES, len(points)), largest=False).indices.sort(dim=1).values
-            exact = energy(exact_images[:, None], points[candidates].double(), latents[candidates].double(), beta)
-            best = exact.min(dim=1)
-            indices.append(candidates.gather(1, best.indices[:, None])[:, 0])
-            energies.append(best.values)
+        for c in range(len(self.images)):
+            index, value = self._best(c, images, self._lowest(c, images, _CANDIDATES), beta)
+            indices.append(index)
+            energies.append(value)
         return torch.stack(indices), torch.stack(energies)
+
+    def nearest_two(self, images: Tensor, beta: float) -> Tensor:
+        """Two starting points of each class for each image: the prototype of lowest energy, and the best of the next
+        ones that lies at least 2.5 from it in the latent space (if there is none, the second best).
+
+        Args:
+            images: ``(N, 784)``.
+            beta: weight of the KL term.
+
+        Returns:
+            Indices ``(2, C, N)``.
+        """
+        pairs = []
+        for c, latents in enumerate(self.class_latents):
+            lowest = self._lowest(c, images, _FAR_CANDIDATES)
+            first, _ = self._best(c, images, lowest[:, :_CANDIDATES], beta)
+            distance = (latents[lowest] - latents[first][:, None]).norm(dim=2)
+            # Far ones first, then the other ones, each in the order of their energies; the first itself last.
+            rank = (distance < _FAR).int() + (lowest == first[:, None]).int()
+            order = rank.argsort(dim=1, stable=True)[:, :2]
+            second, _ = self._best(c, images, _first_kind(lowest.gather(1, order), rank.gather(1, order)), beta)
+            pairs.append(torch.stack([first, second]))
+        return torch.stack(pairs, dim=1)
+
+    def _lowest(self, c: int, images: Tensor, count: int) -> Tensor:
+        """Indices of the ``count`` prototypes of lowest energy, as a product in single precision sees it, in
+        ascending order: ``(N, count)``."""
+        dtype = torch.promote_types(self.images.dtype, images.dtype)
+        points, offsets = self.images[c].to(dtype), self.offsets[c].to(dtype)
+        scores = torch.addmm(offsets, images.to(dtype), points.T, alpha=-2.0)
+        return scores.topk(min(count, len(points)), largest=False).indices
+
+    def _best(self, c: int, images: Tensor, candidates: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        """The candidate of lowest energy, and that energy, in double precision: ``(N,), (N,)``."""
+        candidates = candidates.sort(dim=1).values
+        latents = self.class_latents[c][candidates].double()
+        exact = energy(images.double()[:, None], self.images[c][candidates].double(), latents, beta)
+        best = exact.min(dim=1)
+        return candidates.gather(1, best.indices[:, None])[:, 0], best.values
+
+
+def _first_kind(candidates: Tensor, rank: Tensor) -> Tensor:
+    """``candidates`` with those of a higher rank than the first replaced by the first, ``(N, M)``."""
+    return torch.where(rank == rank[:, :1], candidates, candidates[:, :1])

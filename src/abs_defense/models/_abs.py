@@ -18,6 +18,8 @@ from abs_defense.inference import (
     InferenceSettings,
     Observation,
     Prototypes,
+    Solver,
+    average_curvature,
     envelope_gradient,
     infer_latents,
     publish,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Gradient = Literal["envelope", "unrolled", "none"]
+_CURVATURE_SAMPLES = 32
 
 
 class ABS(Classifier):
@@ -57,9 +60,11 @@ class ABS(Classifier):
         lr: Adam's step size on z.
         radius: of the ball that z is kept in.
         beta: weight of the KL term.
+        solver: of the latent descent. ``"adam"`` is the paper's; ``"bfgs"`` (ours) makes at most ``steps`` BFGS steps
+            from the better of two prototypes and stops when it has converged: lower energies, several times faster.
         gradient: what back-propagation from the logits yields. ``"envelope"``: the gradient at fixed latents,
             ``2 (x - G(z*))`` per energy, exact where z* is stationary. ``"unrolled"``: through every update of the
-            descent. ``"none"``: the logits are detached.
+            descent (``solver="adam"`` only). ``"none"``: the logits are detached.
         seed: of the prior samples.
 
     Attributes:
@@ -74,6 +79,7 @@ class ABS(Classifier):
     prototype_latents: Tensor
     prototype_images: Tensor
     prototype_offsets: Tensor
+    curvature: Tensor
     alpha: Tensor
     eta: Tensor
 
@@ -86,20 +92,21 @@ class ABS(Classifier):
         lr: float = 0.05,
         radius: float = 5.0,
         beta: float = 1.0,
+        solver: Solver = "adam",
         gradient: Gradient = "envelope",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_settings(steps=steps, lr=lr, radius=radius, beta=beta, gradient=gradient)
+        _check_settings(steps=steps, lr=lr, radius=radius, beta=beta, solver=solver, gradient=gradient)
         loaded = weights if isinstance(weights, Weights) else load_weights(weights)
         self.decoders = loaded.decoders
-        self.settings = InferenceSettings(steps=steps, lr=lr, radius=radius, beta=beta)
+        self.settings = InferenceSettings(steps=steps, lr=lr, radius=radius, beta=beta, solver=solver)
         self.gradient: Gradient = gradient
         self.seed = seed
         self._register_calibration(loaded)
         latents = _prototype_latents(prototypes, self.num_classes, self.latent_dim, seed)
         self.register_buffer("prototype_latents", latents, persistent=False)
-        for name in ("prototype_images", "prototype_offsets"):
+        for name in ("prototype_images", "prototype_offsets", "curvature"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._decode_prototypes()
         self.register_load_state_dict_post_hook(_decode_prototypes_again)  # type: ignore[no-untyped-call]
@@ -112,7 +119,11 @@ class ABS(Classifier):
     def _decode_prototypes(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             latents = self.prototype_latents.to(self._dtype)
-            decoded = Prototypes.decode(self.decoders.class_decoders(), latents, self.settings.beta)
+            decoders = self.decoders.class_decoders()
+            decoded = Prototypes.decode(decoders, latents, self.settings.beta)
+            if self.settings.solver == "bfgs":
+                prior = sample_latents(_CURVATURE_SAMPLES, self.latent_dim, self.seed).to(latents)
+                self.curvature = average_curvature(decoders, prior, self.settings.beta)
         dtype = self.prototype_latents.dtype
         self.prototype_images, self.prototype_offsets = decoded.images.to(dtype), decoded.offsets.to(dtype)
 
@@ -134,7 +145,7 @@ class ABS(Classifier):
         s = self.settings
         return (
             f"classes={self.num_classes}, prototypes={self.prototype_latents.shape[-2]}, steps={s.steps}, lr={s.lr}, "
-            f"radius={s.radius}, beta={s.beta}, gradient={self.gradient!r}, seed={self.seed}"
+            f"radius={s.radius}, beta={s.beta}, solver={s.solver!r}, gradient={self.gradient!r}, seed={self.seed}"
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ class ABS(Classifier):
         return energies
 
     def _prototypes(self) -> Prototypes:
-        return Prototypes(self.prototype_latents, self.prototype_images, self.prototype_offsets)
+        return Prototypes(self.prototype_latents, self.prototype_images, self.prototype_offsets, self.curvature)
 
 
 class BinaryABS(ABS):
@@ -320,7 +331,7 @@ def _prototype_latents(prototypes: int | Tensor, num_classes: int, latent_dim: i
     return prototypes.detach().to("cpu", torch.float32, copy=True)
 
 
-def _check_settings(*, steps: int, lr: float, radius: float, beta: float, gradient: str) -> None:
+def _check_settings(*, steps: int, lr: float, radius: float, beta: float, solver: str, gradient: str) -> None:
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")
     for name, value in {"lr": lr, "radius": radius}.items():
@@ -328,5 +339,8 @@ def _check_settings(*, steps: int, lr: float, radius: float, beta: float, gradie
             raise ValueError(f"{name}: expected a positive number, got {value}")
     if not beta >= 0:
         raise ValueError(f"beta: expected 0 or more, got {beta}")
-    if gradient not in get_args(Gradient):
-        raise ValueError(f"gradient: expected one of {', '.join(get_args(Gradient))}, got {gradient!r}")
+    for name, choice, choices in (("gradient", gradient, get_args(Gradient)), ("solver", solver, get_args(Solver))):
+        if choice not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
+    if gradient == "unrolled" and solver != "adam":
+        raise ValueError(f'gradient="unrolled" goes through the steps of Adam: expected solver="adam", got {solver!r}')

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abs_defense._memory import reuse_freed_memory
+
 
 class Classifier(nn.Module):
     """A model of ``(N, 1, 28, 28)`` images in [0, 1] that returns ``(N, C)`` logits, ready to be evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        reuse_freed_memory()
 
     @property
     @abstractmethod

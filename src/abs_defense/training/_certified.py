@@ -17,6 +17,7 @@ from tqdm import tqdm
 from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.certificates import certify
+from abs_defense._memory import reuse_freed_memory
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, DecoderStack, kl_divergence
 from abs_defense.models import Weights, load_model, save_weights, state_sha256
@@ -164,6 +165,7 @@ def train_certified(
         OSError: the folder cannot be written.
     """
     config = config or CertifiedTraining()
+    reuse_freed_memory()
     if weights.prototypes is None:
         raise ValueError("weights: expected some with prototypes (abs-defense train prototypes), got none")
     if data.num_classes != weights.decoders.num_classes:

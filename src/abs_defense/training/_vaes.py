@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
+from abs_defense._memory import reuse_freed_memory
 from abs_defense.data import ImageSet
 from abs_defense.models._vae import VAE
 from abs_defense.training._augment import augment, light_augmentation
@@ -182,6 +183,7 @@ def train_vaes(
         OSError: the folder cannot be written.
     """
     config = config or VAETraining()
+    reuse_freed_memory()
     device = torch.device(device)
     folder = require_writable_folder(out)
     counts = torch.bincount(data.labels, minlength=data.num_classes).tolist()
