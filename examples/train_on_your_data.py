@@ -13,11 +13,11 @@ from abs_defense.training import VAETraining, train_abs
 raw = load_digits(n_class=4)
 enlarged = F.interpolate(torch.from_numpy(raw.images).float()[:, None] / 16, size=(20, 20), mode="bilinear")
 images, labels = F.pad(enlarged, (4, 4, 4, 4)), torch.from_numpy(raw.target).long()
-train, test = ImageSet(images[:400], labels[:400], "8x8 digits"), ImageSet(images[400:500], labels[400:500], "unseen")
+train, test = ImageSet(images[:400], labels[:400], "8x8 digits"), ImageSet(images[400:460], labels[400:460], "unseen")
 
-recipe = VAETraining(epochs=25, kl_epochs=10, decay_from=10, batch_size=25, augment=0.0)
-train_abs(train, "your-training", recipe, calibration_images=60, prototypes=0)
-model = ABS("your-training/abs.safetensors", prototypes=1000)
+recipe = VAETraining(epochs=20, kl_epochs=10, decay_from=10, batch_size=25, augment=0.0)
+train_abs(train, "your-training", recipe, calibration_images=40, prototypes=0)
+model = ABS("your-training/abs.safetensors", prototypes=500)
 
 inference = model.infer(test.images)
 right = inference.prediction == test.labels
