@@ -14,6 +14,7 @@ from abs_defense.models._baselines import (
     untrained_network,
 )
 from abs_defense.models._classifier import Classifier, device_of, state_sha256
+from abs_defense.models._clipped import Clipped
 from abs_defense.models._registry import (
     ABS_NAMES,
     MODEL_NAMES,
@@ -46,6 +47,7 @@ __all__ = [
     "BinaryABS",
     "Calibration",
     "Classifier",
+    "Clipped",
     "Gradient",
     "NearestNeighbor",
     "Network",

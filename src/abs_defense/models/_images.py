@@ -14,6 +14,9 @@ BINARY_THRESHOLD = 0.5
 def check_images(images: Tensor) -> None:
     """Accept ``(N, 1, 28, 28)`` floating point images in [0, 1] (up to 1e-3, for the rounding of other libraries).
 
+    Images that ask for gradients may have any finite values: attacks look ahead (NI-FGSM, EAD, VMI-FGSM), and some
+    project only in the end. Predictions, which every evaluation begins and ends with, remain strict.
+
     Raises:
         TypeError: not a tensor.
         ValueError: wrong shape, integer values, NaN or infinities, or values outside [0, 1].
@@ -33,12 +36,16 @@ def check_images(images: Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (torch.isfinite(torch.tensor([low, high])).all()):
         raise ValueError(f"images: expected finite values in [0, 1], got a minimum of {low} and a maximum of {high}")
+    if images.requires_grad:
+        return
     if low < -TOLERANCE or high > 1.0 + TOLERANCE:
         cause = ""
         if low >= 0.0 and high > 2.0:
             cause = "; these look like bytes in 0..255: divide by 255"
         elif low < 0.0:
             cause = "; these look normalised: pass raw pixels, or undo the normalisation before the model"
+        elif high <= 2.0:
+            cause = "; if a tool leaves [0, 1] on purpose: abs_defense.models.Clipped(model)"
         raise ValueError(f"images: expected values in [0, 1], got values from {low:g} to {high:g}{cause}")
 
 
