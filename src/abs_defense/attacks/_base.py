@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from foolbox.models import Model
 from foolbox.types import Bounds
 
 from abs_defense._checks import check_counts
+from abs_defense.inference import decisions_only
 
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
@@ -214,6 +215,10 @@ def as_starting_points(points: Any, x: ep.Tensor, model: Model) -> ep.Tensor:
     return starts
 
 
+def _asks_for_the_class(criterion: Criterion) -> bool:
+    return type(criterion) in (Misclassification, TargetedMisclassification)
+
+
 class Oracle:
     """Answers "is this adversarial?" for some images of a batch, so that finished ones cost no query.
 
@@ -227,15 +232,13 @@ class Oracle:
     def __init__(self, model: Model, criterion: Criterion, x: ep.Tensor) -> None:
         self._model, self._criterion = model, criterion
         rows = np.arange(len(x))
-        with query_rows(rows):
-            self._outputs = model(x)
+        self._outputs = self._ask(x, rows)
         self._perturbed = x
         self.clean: Flags = self._judge(rows)
 
     def __call__(self, candidates: ep.Tensor, rows: Rows) -> Flags:
         """Whether ``candidates[i]`` is an adversarial for image ``rows[i]``; no row may occur twice."""
-        with query_rows(rows):
-            outputs = self._model(candidates)
+        outputs = self._ask(candidates, rows)
         if len(rows) == len(self._perturbed):
             order = np.argsort(rows)
             self._outputs, self._perturbed = outputs[order], candidates[order]
@@ -243,6 +246,10 @@ class Oracle:
             self._outputs = ep.index_update(self._outputs, rows, outputs)
             self._perturbed = ep.index_update(self._perturbed, rows, candidates)
         return self._judge(rows)
+
+    def _ask(self, images: ep.Tensor, rows: Rows) -> ep.Tensor:
+        with query_rows(rows), decisions_only() if _asks_for_the_class(self._criterion) else nullcontext():
+            return self._model(images)
 
     def _judge(self, rows: Rows) -> Flags:
         flags: Flags = self._criterion(self._perturbed, self._outputs).numpy().astype(bool)[rows]

@@ -1,5 +1,6 @@
 """Latent inference: from images to energies, latents and reconstructions. Knows no labels and no attacks."""
 
+from abs_defense.inference._decide import decisions_only, only_decisions_wanted
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack
 from abs_defense.inference._descent import adam_in_ball, descend, project_to_ball
 from abs_defense.inference._energy import energy, kl_divergence
@@ -12,7 +13,7 @@ from abs_defense.inference._infer import (
     reconstruct,
     unrolled_gradient,
 )
-from abs_defense.inference._observe import Observation, listen, publish
+from abs_defense.inference._observe import Observation, listen, publish, somebody_listens
 from abs_defense.inference._prototypes import Prototypes, sample_latents
 from abs_defense.inference._quasi_newton import average_curvature, minimise
 
@@ -28,6 +29,7 @@ __all__ = [
     "Solver",
     "adam_in_ball",
     "average_curvature",
+    "decisions_only",
     "descend",
     "energy",
     "envelope_gradient",
@@ -35,9 +37,11 @@ __all__ = [
     "kl_divergence",
     "listen",
     "minimise",
+    "only_decisions_wanted",
     "project_to_ball",
     "publish",
     "reconstruct",
     "sample_latents",
+    "somebody_listens",
     "unrolled_gradient",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import PIXELS, ClassDecoder
+from abs_defense.inference._pairs import Pairs
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -60,14 +63,51 @@ def adam_in_ball(
     gradient: Callable[[Tensor], Tensor], latents: Tensor, *, steps: int, lr: float, radius: float
 ) -> Tensor:
     """``steps`` updates of Adam on ``(..., L)`` latents, each followed by a projection to the ball."""
-    first, second = torch.zeros_like(latents), torch.zeros_like(latents)
-    decay_first, decay_second = ADAM_BETAS
+    state = AdamState.start(latents)
     for step in range(1, steps + 1):
-        slope = gradient(latents)
-        first = decay_first * first + (1.0 - decay_first) * slope
-        second = decay_second * second + (1.0 - decay_second) * slope.square()
+        state = state.update(gradient(state.latents), step, lr, radius)
+    return state.latents
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Latents ``(..., L)`` with the running means of their gradients and of the squares of these."""
+
+    latents: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def start(cls, latents: Tensor) -> AdamState:
+        return cls(latents, torch.zeros_like(latents), torch.zeros_like(latents))
+
+    def update(self, slope: Tensor, step: int, lr: float, radius: float) -> AdamState:
+        """After the ``step``-th update (counted from 1) and a projection to the ball."""
+        decay_first, decay_second = ADAM_BETAS
+        first = decay_first * self.first + (1.0 - decay_first) * slope
+        second = decay_second * self.second + (1.0 - decay_second) * slope.square()
         mean = first / (1.0 - decay_first**step)
         # The floor keeps the derivative of the root finite where a gradient is exactly zero.
         scale = (second / (1.0 - decay_second**step)).clamp_min(1e-36).sqrt() + ADAM_EPSILON
-        latents = project_to_ball(latents - lr * mean / scale, radius)
-    return latents
+        return AdamState(project_to_ball(self.latents - lr * mean / scale, radius), first, second)
+
+
+def descend_while_open(
+    pairs: Pairs, latents: Tensor, contest: Contest, *, steps: int, lr: float, radius: float
+) -> Tensor:
+    """``descend`` for all pairs of a class and an image, ``(C, N, L) -> (C, N, L)``, but classes whose contest is lost
+    stay where they are."""
+    classes, number, size = latents.shape
+    result = latents.flatten(0, 1).clone()
+    energies = result.new_empty(len(result))
+    active = torch.arange(len(result), device=result.device)
+    state = AdamState.start(result.clone())
+    for step in range(steps):
+        energies[active], slope = pairs.energy_and_gradient(state.latents, active)
+        if contest.margin(step) < torch.inf:
+            keep = contest.is_open(energies.view(classes, number), step).flatten()[active]
+            active, slope = active[keep], slope[keep]
+            state = AdamState(*(value[keep] for value in vars(state).values()))
+        state = state.update(slope, step + 1, lr, radius)
+        result[active] = state.latents
+    return result.view(classes, number, size)

@@ -45,6 +45,11 @@ def listen() -> Iterator[list[Observation]]:
         _listeners.reset(token)
 
 
+def somebody_listens() -> bool:
+    """Whether ``publish`` would make an observation."""
+    return bool(_listeners.get())
+
+
 def publish(observe: Callable[[], Observation]) -> None:
     """Give the observation to all listeners; it is only made if there are any."""
     listeners = _listeners.get()

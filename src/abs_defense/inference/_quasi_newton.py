@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import ClassDecoder
 from abs_defense.inference._descent import project_to_ball
-from abs_defense.inference._energy import kl_divergence
+from abs_defense.inference._pairs import Pairs
 
 TRIAL_STEPS = 2
 _LONGEST_STEP = 1.0
@@ -19,8 +20,6 @@ _SHRINK = 0.35
 _DAMPING = 0.2
 _TOLERANCE = 1e-2
 _AT_BOUNDARY = 1e-5
-_CHUNK_CPU = 32
-_CHUNK_CUDA = 8192
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ def minimise(
     steps: int,
     radius: float,
     beta: float,
+    contest: Contest | None = None,
 ) -> Tensor:
     """Minimise E_c(x) over the latents by BFGS in the ball ||z|| <= radius.
 
@@ -88,22 +88,21 @@ def minimise(
         steps: the most steps of a descent, the trial ones included.
         radius: of the ball.
         beta: weight of the KL term.
+        contest: if given, classes that it declares lost stay where they are.
 
     Returns:
         ``(C, N, L)``.
     """
     count, classes, number, size = starts.shape
     inverse = torch.linalg.inv(curvature.to(starts.dtype))
-    # Pairs in the order (class, start, image).
     latents = starts.transpose(0, 1).reshape(-1, size).clone()
-    label = torch.arange(classes, device=images.device).repeat_interleave(count * number)
-    image = torch.arange(number, device=images.device).repeat(classes * count)
-    problem = _Problem(decoders, images, label, image, radius, beta)
+    pairs = Pairs.of_all(decoders, images, beta, count)
+    problem = _Problem(pairs, radius)
     every = torch.arange(len(latents), device=images.device)
     walk = _Walk(
         latents,
-        *problem.energy_and_gradient(latents, every),
-        inverse[label],
+        *pairs.energy_and_gradient(latents, every),
+        inverse[pairs.label],
         latents.new_full((len(latents),), _LONGEST_STEP),
     )
     trials = min(TRIAL_STEPS, steps) if count > 1 else 0
@@ -113,8 +112,10 @@ def minimise(
     rows = (every.view(classes, count, number).gather(1, best[:, None])).flatten()
     final = walk.at(rows)
     active = torch.arange(len(rows), device=images.device)
-    for _ in range(steps - trials):
+    for step in range(trials, steps):
         active = active[problem.promise(final.at(active)) > _TOLERANCE]
+        if contest is not None:
+            active = active[contest.is_open(final.energy.view(classes, number), step).flatten()[active]]
         if not len(active):
             break
         final.put(active, problem.step(final.at(active), rows[active]))
@@ -123,26 +124,8 @@ def minimise(
 
 @dataclass(frozen=True)
 class _Problem:
-    decoders: Sequence[ClassDecoder]
-    images: Tensor
-    label: Tensor
-    image: Tensor
+    pairs: Pairs
     radius: float
-    beta: float
-
-    def energy_and_gradient(self, latents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """E and dE/dz of pairs ``rows``, which are sorted by class."""
-        energy, gradient = torch.empty_like(latents[:, 0]), torch.empty_like(latents)
-        chunk = _CHUNK_CUDA if latents.is_cuda else _CHUNK_CPU
-        counts = torch.bincount(self.label[rows], minlength=len(self.decoders)).tolist()
-        start = 0
-        for decoder, number in zip(self.decoders, counts, strict=True):
-            for first in range(start, start + number, chunk):
-                part = slice(first, min(first + chunk, start + number))
-                x = self.images[self.image[rows[part]]]
-                energy[part], gradient[part] = decoder.squared_error_and_gradient(latents[part], x)
-            start += number
-        return energy + self.beta * kl_divergence(latents), gradient + self.beta * latents
 
     def _move(self, walk: _Walk) -> Tensor:
         step = -_times(walk.inverse_hessian, walk.gradient)
@@ -172,7 +155,7 @@ class _Problem:
     def step(self, walk: _Walk, rows: Tensor) -> _Walk:
         move = self._move(walk)
         latents = walk.latents + move
-        energy, gradient = self.energy_and_gradient(latents, rows)
+        energy, gradient = self.pairs.energy_and_gradient(latents, rows)
         inverse = _bfgs(walk.inverse_hessian, move, gradient - walk.gradient)
         length = move.norm(dim=1)
         lower = energy < walk.energy

@@ -13,8 +13,9 @@ _global_random_state = threading.Lock()
 def light_augmentation(probability: float = 0.1) -> nn.Module:
     """Zoom, shear, skew and elastic distortion, each with ``probability`` an image.
 
-    The kinds and the default probability are those of the second author's reimplementation; the strengths are ours: zoom
-    by up to 10 %, shear by up to 10 degrees, corners moved by up to 5 % of the side, elastic fields of about one pixel.
+    The kinds and the default probability are those of the second author's reimplementation; the strengths are ours:
+    zoom by up to 10 %, shear by up to 10 degrees, corners moved by up to 5 % of the side, elastic fields of about one
+    pixel.
     """
     import kornia.augmentation as K
 
