@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abs_defense.data import ImageSet, download_mnist, foolbox_digits, load_idx_dataset
+from abs_defense.inference import Solver
 from abs_defense.models import (
     ABS_NAMES,
     MODEL_NAMES,
@@ -75,6 +76,9 @@ def evaluate(
     weights: Annotated[
         str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
     ] = None,
+    solver: Annotated[
+        str, typer.Option(help="Of latent descent: adam (the paper's), or bfgs (ours, faster).")
+    ] = "adam",
     nearest_neighbor_data: Annotated[
         Path | None, typer.Option(help="Folder of IDX files: nearest-neighbor stores all its training images.")
     ] = None,
@@ -104,7 +108,8 @@ def evaluate(
     added_models, added_attacks = load_additions(add) if add is not None else ([], [])
     usual = [n for n in available_models() if weights is None or n != "certified-abs"]
     names = [] if model is None and added_models else _model_names(model, usual)
-    models = [our_model(name, weights=weights, seed=seed) for name in names]
+    _require_choice(solver, get_args(Solver), "--solver")
+    models = [our_model(name, weights=weights, solver=cast(Solver, solver), seed=seed) for name in names]
     if nearest_neighbor_data is not None:
         stored = {"name": NEAREST_NEIGHBOR, "weights": str(nearest_neighbor_data)}
         models = [replace(m, settings=stored) if m.kind == NEAREST_NEIGHBOR else m for m in models]

@@ -27,6 +27,7 @@ from abs_defense.attacks import (
     StartedAttack,
 )
 from abs_defense.certificates import NORM_NAMES, Method, Norm
+from abs_defense.inference import Solver
 from abs_defense.models import ABS_NAMES, MODEL_NAMES, PROTOTYPE_NAMES, load_model
 
 if sys.version_info >= (3, 11):
@@ -320,11 +321,11 @@ def choose_measurements(
     return [m for m in unique.values() if m.name not in skip]
 
 
-def our_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -> ModelSpec:
-    """One of the models of ``load_model``; ``weights`` and ``seed`` are for those of ABS."""
+def our_model(name: str, *, weights: str | Path | None = None, solver: Solver = "adam", seed: int = 0) -> ModelSpec:
+    """One of the models of ``load_model``; ``weights``, ``solver`` and ``seed`` are for those of ABS."""
     settings: dict[str, Any] = {"name": name}
     if name in ABS_NAMES:
-        settings |= {"weights": None if weights is None else str(weights), "seed": seed}
+        settings |= {"weights": None if weights is None else str(weights), "solver": solver, "seed": seed}
     return ModelSpec(name, load_model, settings, kind=name)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from abs_defense.inference import Solver
 from abs_defense.models._abs import ABS, BinaryABS, Gradient
 from abs_defense.models._baselines import BASELINE_NAMES, bundled_baselines, load_baseline
 from abs_defense.models._classifier import Classifier
@@ -38,6 +39,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
+    solver: Solver = "adam",
     seed: int = 0,
 ) -> ABS: ...
 @overload
@@ -46,6 +48,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
+    solver: Solver = "adam",
     seed: int = 0,
 ) -> Classifier: ...
 def load_model(
@@ -53,6 +56,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
+    solver: Solver = "adam",
     seed: int = 0,
 ) -> Classifier:
     """A ready model by name, in evaluation mode on the CPU.
@@ -64,7 +68,9 @@ def load_model(
             ``"nearest-neighbor"``, ``"madry"``.
         weights: None for the bundled ones; else as for ``ABS``, or a file of the baseline. For
             ``"nearest-neighbor"`` also a folder with MNIST's IDX files, of which all training images are stored.
-        gradient, seed: as for ``ABS``; of no effect on baselines.
+        gradient: as for ``ABS``, like ``solver`` and ``seed``; of no effect on baselines.
+        solver: see ``gradient``.
+        seed: see ``gradient``.
 
     Raises:
         FileNotFoundError: no such weights.
@@ -74,7 +80,7 @@ def load_model(
         source = default_weights(name) if weights is None else weights
         if weights is None and source not in bundled_weights():
             raise FileNotFoundError(f"this installation has no weights of {name!r}: see abs-defense train --help")
-        return _ABS_MODELS[name](source, gradient=gradient, seed=seed)
+        return _ABS_MODELS[name](source, gradient=gradient, solver=solver, seed=seed)
     if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
     if isinstance(weights, Weights):

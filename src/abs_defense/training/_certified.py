@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
-from abs_defense.certificates import certify
 from abs_defense._memory import reuse_freed_memory
+from abs_defense.certificates import certify
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, DecoderStack, kl_divergence
 from abs_defense.models import Weights, load_model, save_weights, state_sha256
