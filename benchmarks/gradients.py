@@ -57,6 +57,7 @@ def main() -> None:
 
     for kind in (ABS, BinaryABS):
         exact = {g: kind(args.weights, gradient=g) for g in ("envelope", "unrolled")}
+        exact["envelope, bfgs"] = kind(args.weights, solver="bfgs")
         if kind is ABS:
             n = args.alignment_images
             for name, model in exact.items():
@@ -66,7 +67,7 @@ def main() -> None:
         foolbox_models = {g: fb.PyTorchModel(m, bounds=(0, 1), device="cpu") for g, m in exact.items()}
         plain = foolbox_models["envelope"]
         print(f"{kind.__name__:26s}    found  median L2  queries  gradients  seconds")
-        for name in ("envelope", "unrolled", "random directions", "finite differences", "none: bisector attack"):
+        for name in (*exact, "random directions", "finite differences", "none: bisector attack"):
             count = args.finite_difference_images if name == "finite differences" else len(x)
             if not count:
                 continue

@@ -45,6 +45,8 @@ FirstImages = Annotated[int | None, typer.Option(min=1, help="Only the first so 
 WeightsSource = Annotated[str, typer.Option(help="Bundled name, .safetensors file, or folder of ABS_*.net.")]
 Test = Annotated[bool, typer.Option(help="Measure the accuracy on all test images at the end.")]
 BaselineOut = Annotated[Path | None, typer.Option(help="Folder for checkpoint and weights; default NAME-training.")]
+AdversarySteps = Annotated[int | None, typer.Option(min=1, help="Steps of the adversary, for those that have one.")]
+AdversaryStepSize = Annotated[float | None, typer.Option(help="Step of the adversary, in pixel values.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
@@ -293,6 +295,8 @@ def _add_network_command(name: str, description: str) -> None:
         epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
         batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
         learning_rate: Annotated[float | None, typer.Option(help="Adam's, the highest of its cycle.")] = None,
+        adversary_steps: AdversarySteps = None,
+        adversary_step_size: AdversaryStepSize = None,
         test: Test = True,
         device: Device = "cpu",
         seed: Seed = 0,
@@ -303,6 +307,8 @@ def _add_network_command(name: str, description: str) -> None:
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
+            "adversary_steps": adversary_steps,
+            "adversary_step_size": adversary_step_size,
             "seed": seed,
         }
         recipe = replace(RECIPES[name], **{key: value for key, value in given.items() if value is not None})
