@@ -6,7 +6,7 @@ Each row has a time limit; an attack that hangs is stopped and the rest goes on.
 file: run the command again to go on, delete the file to begin anew. Needs
 
     pip install -e '.[attacks,third-party]'
-    pip install --no-deps torchattacks adv-lib  # their requirements conflict with others or bring a web server
+    pip install --no-deps torchattacks adv-lib  # they require an old requests and a web server, but do without
 
 What is not installed is listed as such.
 """
@@ -43,19 +43,26 @@ Every attack below is called as its library documents it, on the torch module it
 and writes this page:
 
 ```bash
+pip install -e '.[attacks,third-party]'
+pip install --no-deps torchattacks adv-lib
 python benchmarks/compatibility.py
 ```
 
-{versions}.
+- Versions: {versions}.
+- Model: `{model}`, and `Binary{model}` for attacks marked *binary*. Few prototypes and steps, so that all rows take
+  about half an hour on one core.
+- Images: the first {images} of foolbox's digits, all classified correctly. Starting points and targets, where an attack
+  wants some, are the other digits and their classes.
+- Settings are small, too (last column; others are the library's defaults). **The figures say what runs, not how robust
+  ABS is**: for that see [results](results.md) and [evaluation](evaluation.md).
+- Success: misclassified images, within the bound where the attack has one ({bounds}). Distance: their median, in the
+  attack's norm, L2 where it has none. Both are computed anew from the images that the attack returns.
+- Queries: images that the model saw for each attacked one.
+- `Clipped(model)`: the attack predicts images outside [0, 1], see [other libraries](other-libraries.md).
+- adv-lib imports torchvision and visdom for parts that no attack here uses; empty modules stand in where they are
+  missing.
 
-Model: `{model}`, and `Binary{model}` for the attacks marked *binary*; few prototypes and steps, so that
-everything ends in minutes on one core. Images: the first {images} of foolbox's digits, all classified correctly.
-Settings are small, too (last column; others are the library's defaults), so **these figures say what runs, not how
-robust ABS is**: for that see [results](results.md) and [evaluation](evaluation.md).
-
-Success: misclassified images, within the bound where the attack has one ({bounds}). Distance: the median of
-these, in the attack's norm, L2 where it has none. Both are computed anew from the images that the attack returns.
-Queries: images that the model saw for each attacked one. {summary}
+{summary}
 
 """
 
@@ -74,9 +81,10 @@ Square attacks (L2 {l2}) goes over the same images:
   the structure, such as `L2BisectorAttack` ([attacks](attacks.md)).
 - **"it seems to be a randomized defense"** does not appear: prototypes are drawn once from a seed, and the same image
   has the same logits each time.
-- **"points with zero gradient"** and **"Square Attack has decreased the robust accuracy"** are true where they appear:
-  gradients lead badly there, and an attack without gradients does better. On Binary ABS the gradient passes the
-  threshold straight through (BPDA), which is an estimate.
+- **"points with zero gradient"** and **"Square Attack has decreased the robust accuracy"** would be true wherever they
+  appear: gradients lead badly there, and an attack without gradients does better. On Binary ABS the gradient passes the
+  threshold straight through (BPDA), which is an estimate; attacks that know the threshold do far better
+  ([attacks](attacks.md)), and AutoAttack does not say so.
 - With `gradient="none"` gradient attacks stop with an error instead of finding nothing.
 """
 
@@ -88,7 +96,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--prototypes", type=int, default=100)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one attack")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one attack")
     parser.add_argument("--only", nargs="*", default=[], help="libraries or attacks to run; the page has all")
     args = parser.parse_args()
     size = {"images": args.images, "prototypes": args.prototypes, "steps": args.steps}
@@ -197,12 +205,13 @@ def _page(done: list[tuple[Row, Outcome]], size: dict[str, int]) -> str:
     names = ["abs-defense", "torch", "numpy", *DISTRIBUTIONS.values()]
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     counts = Counter(outcome.status for _, outcome in done)
+    words = {"runs": "run", "fails": "fail", "does not apply": "do not apply", "stopped": "were stopped"}
     page = HEADER.format(
         versions=f"Python {platform.python_version()}, {versions}",
         model=f"ABS(prototypes={size['prototypes']}, steps={size['steps']})",
         images=size["images"],
         bounds=", ".join(f"{norm} {bound:g}" for norm, bound in BOUNDS.items() if bound),
-        summary="Rows: " + ", ".join(f"{count} {status}" for status, count in counts.items()) + ".",
+        summary=f"{len(done)} rows: " + ", ".join(f"{count} {words[status]}" for status, count in counts.items()) + ".",
     )
     for library in DISTRIBUTIONS:
         page += f"## {library}\n\n| attack | norm | runs | success | distance | queries | settings, remarks |\n"

@@ -166,7 +166,7 @@ _SPEECH = "speech recognition"
 _DETECTORS = "object detectors"
 _ART_REASONS = {
     "AdversarialPatchTensorFlowV2": _TENSORFLOW,
-    "AdversarialPatch": "for PyTorch the next row",
+    "AdversarialPatch": "chooses AdversarialPatchPyTorch",
     "AdversarialPatchPyTorch": "needs torchvision",
     "AdversarialTexturePyTorch": "object trackers on video",
     "CarliniWagnerASR": _SPEECH,
@@ -309,7 +309,7 @@ _ART: dict[str, list[dict[str, Any]]] = {
         {
             "norm": "L2",
             "minimal": True,
-            "settings": {"max_iter": 40, "learning_rate": 0.3, "use_resize": False, "use_importance": False},
+            "settings": {"max_iter": 20, "learning_rate": 0.3, "use_resize": False, "use_importance": False},
         }
     ],
 }
@@ -549,7 +549,7 @@ _ADV_LIB: dict[str, list[dict[str, Any]]] = {
     "pgd_linf": [{"norm": "L∞", "settings": {"ε": 0.3, "steps": 20}}],
     "sdf": [{"norm": "L2", "settings": {"steps": 20}}],
     "sigma_zero": [{"norm": "L0", "settings": {"num_steps": 60}}],
-    "str_attack": [{"norm": "L2", "settings": {"binary_search_steps": 2, "max_iterations": 40}}],
+    "str_attack": [{"norm": "L2", "settings": {"initial_const": 30, "binary_search_steps": 2, "max_iterations": 60}}],
     "tr": [{"norm": "L2", "settings": {"iter": 40}}],
     "vfga": [{"norm": "L0", "settings": {"targeted": False, "max_iter": 10, "n_samples": 5}}],
 }
