@@ -25,17 +25,16 @@ ROWS = rows()
 QUICK = {
     "foolbox": """BinarizationRefinementAttack BinarySearchContrastReductionAttack DDNAttack DatasetAttack EADAttack
         GaussianBlurAttack InversionAttack L0FMNAttack L1FMNAttack L2FMNAttack LInfFMNAttack L1BasicIterativeAttack
-        L2BasicIterativeAttack LinfBasicIterativeAttack LinfAdamBasicIterativeAttack L2CarliniWagnerAttack
-        L2DeepFoolAttack LinfDeepFoolAttack L2FastGradientAttack LinfFastGradientAttack NewtonFoolAttack
-        LinfMomentumIterativeFastGradientMethod L2ProjectedGradientDescentAttack LinfProjectedGradientDescentAttack
-        L2AdditiveGaussianNoiseAttack L2RepeatedAdditiveGaussianNoiseAttack LinearSearchContrastReductionAttack
-        SaltAndPepperNoiseAttack SparseL1DescentAttack SpatialAttack VirtualAdversarialAttack HopSkipJumpAttack""",
+        L2BasicIterativeAttack LinfBasicIterativeAttack LinfAdamBasicIterativeAttack L2DeepFoolAttack
+        L2FastGradientAttack LinfFastGradientAttack NewtonFoolAttack LinfMomentumIterativeFastGradientMethod
+        L2ProjectedGradientDescentAttack LinfProjectedGradientDescentAttack L2AdditiveGaussianNoiseAttack
+        SparseL1DescentAttack SpatialAttack VirtualAdversarialAttack HopSkipJumpAttack""",
     "ART": """AutoProjectedGradientDescent BasicIterativeMethod DeepFool FastGradientMethod HopSkipJump
         MomentumIterativeMethod ProjectedGradientDescent SaliencyMapMethod SpatialTransformation
         UniversalPerturbation TargetedUniversalPerturbation""",
-    "torchattacks": """APGD APGDT BIM CW DIFGSM EOTPGD FAB FFGSM FGSM JSMA Jitter MIFGSM MultiAttack NIFGSM OnePixel PGD
-        PGDL2 Pixle RFGSM SINIFGSM SPSA Square TPGD UPGD VMIFGSM VNIFGSM""",
-    "adv-lib": "alma apgd apgd_targeted ddn df fab fga fmn pgd_linf sdf sigma_zero tr",
+    "torchattacks": """APGD APGDT BIM CW DIFGSM EOTPGD FAB FFGSM FGSM Jitter MIFGSM MultiAttack NIFGSM OnePixel PGD
+        PGDL2 Pixle RFGSM SINIFGSM SPSA Square TPGD UPGD VMIFGSM""",
+    "adv-lib": "alma apgd apgd_targeted ddn df fab fmn pgd_linf sigma_zero tr",
     "AutoAttack": "apgd-ce apgd-dlr apgd-t fab square",
 }
 # Gradient attacks strong enough for every image.
