@@ -8,14 +8,15 @@ from torch import Tensor
 from abs_defense.inference import IMAGE_SHAPE
 
 TOLERANCE = 1e-3
+LOOK_AHEAD = 1.0
 BINARY_THRESHOLD = 0.5
 
 
 def check_images(images: Tensor) -> None:
     """Accept ``(N, 1, 28, 28)`` floating point images in [0, 1] (up to 1e-3, for the rounding of other libraries).
 
-    Images that ask for gradients may have any finite values: attacks look ahead (NI-FGSM, EAD, VMI-FGSM), and some
-    project only in the end. Predictions, which every evaluation begins and ends with, remain strict.
+    Images that ask for gradients may lie in [-1, 2]: attacks look ahead (NI-FGSM, EAD, VMI-FGSM), and some project only
+    in the end. Predictions, which every evaluation begins and ends with, remain strict.
 
     Raises:
         TypeError: not a tensor.
@@ -36,9 +37,8 @@ def check_images(images: Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (torch.isfinite(torch.tensor([low, high])).all()):
         raise ValueError(f"images: expected finite values in [0, 1], got a minimum of {low} and a maximum of {high}")
-    if images.requires_grad:
-        return
-    if low < -TOLERANCE or high > 1.0 + TOLERANCE:
+    allowed = LOOK_AHEAD if images.requires_grad else TOLERANCE
+    if low < -allowed or high > 1.0 + allowed:
         cause = ""
         if low >= 0.0 and high > 2.0:
             cause = "; these look like bytes in 0..255: divide by 255"
