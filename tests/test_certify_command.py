@@ -29,7 +29,7 @@ def small_weights(tmp_path_factory):
     return path
 
 
-def _small_model(name, weights, seed):
+def _small_model(name, weights, solver, seed):
     return ABS(seed=seed, **SMALL)
 
 
