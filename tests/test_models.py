@@ -746,3 +746,11 @@ def test_load_model_of_an_unknown_name(name):
     with pytest.raises(ValueError, match="unknown model") as error:
         load_model(name)
     assert all(known in str(error.value) for known in MODEL_NAMES)
+
+
+def test_a_folder_called_mnist_does_not_hide_the_bundled_weights(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert ABS(prototypes=2, steps=0).weights_sha256() == ABS("mnist", prototypes=2, steps=0).weights_sha256()
+    with pytest.raises(FileNotFoundError, match=r"mnist holds no ABS_\*\.net files"):
+        ABS("./mnist")

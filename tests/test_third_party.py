@@ -147,7 +147,7 @@ def test_attacks_may_look_ahead(kind, random_weights, beside):
         model(beside)
     with pytest.raises(ValueError, match="expected finite"):
         model((beside * torch.nan).requires_grad_())
-    with pytest.raises(ValueError, match="bytes in 0..255"):
+    with pytest.raises(ValueError, match=r"bytes in 0\.\.255"):
         model((255.0 * beside.clamp(0, 1)).requires_grad_())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from abs_defense.inference._decoder import ClassDecoder
 from abs_defense.inference._energy import kl_divergence
 
-_CHUNK_CPU = 32
+_CHUNK_CPU = 64
 _CHUNK_CUDA = 8192
 
 

@@ -75,7 +75,8 @@ def sha256(path: str | Path) -> str:
 def load_weights(source: str | Path | None) -> Weights:
     """Weights from a bundled name, a ``.safetensors`` file, the authors' folder of ``ABS_*.net``, or None (untrained).
 
-    Nothing pickled is executed: the authors' files are read by torch's restricted loader.
+    Nothing pickled is executed: the authors' files are read by torch's restricted loader. A bundled name wins over a
+    file or folder of that name (users keep their data in folders called mnist): write ``"./mnist"`` for those.
 
     Raises:
         FileNotFoundError: neither a bundled name nor an existing path.
@@ -83,6 +84,8 @@ def load_weights(source: str | Path | None) -> Weights:
     """
     if source is None:
         return _untrained()
+    if isinstance(source, str) and source in bundled_weights():
+        return _load_file(_bundled(source))
     path = Path(source)
     if path.is_dir():
         return load_authors_weights(path)
