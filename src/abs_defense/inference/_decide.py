@@ -18,7 +18,8 @@ def decisions_only() -> Iterator[None]:
     """Inside, ABS models may leave the descents of hopeless classes unfinished, in this thread or task.
 
     The largest logit is the same as outside; those of the other classes are of unfinished descents. That is measured,
-    not proved: the margins are what descents gain on MNIST, with the bundled weights. Calls that need more (gradients, ``infer``, attacks that listen) are not affected.
+    not proved: the margins are what descents gain on MNIST, with the bundled weights. Calls that need more
+    (gradients, ``infer``, attacks that listen) are not affected.
     """
     token = _wanted.set(True)
     try:
