@@ -41,19 +41,21 @@ class LinearDecoder:
         return difference.square().sum(1), 2.0 * difference @ self.weight.T
 
     def lowest_energy(self, x, radius, beta):
-        """By a general solver for constrained problems."""
+        """(H + m I) z = -g, where the multiplier m of the ball is 0 or the root of |z| = radius."""
+        hessian = (2.0 * self.weight @ self.weight.T).numpy() + beta * np.eye(len(self.weight))
+        slope = 2.0 * (self.weight @ (self.bias - x)).numpy()
 
-        def value(z):
-            error, gradient = self.squared_error_and_gradient(torch.from_numpy(z)[None], x[None])
-            return float(error) + 0.5 * beta * z @ z, gradient[0].numpy() + beta * z
+        def point(multiplier):
+            return np.linalg.solve(hessian + multiplier * np.eye(len(slope)), -slope)
 
-        ball = {"type": "ineq", "fun": lambda z: radius**2 - z @ z, "jac": lambda z: -2.0 * z}
-        start = np.full(len(self.weight), 0.1)
-        found = scipy.optimize.minimize(
-            value, start, jac=True, method="SLSQP", constraints=[ball], options={"ftol": 1e-14, "maxiter": 500}
-        )
-        assert found.success
-        return found.fun
+        def outside(multiplier):
+            return float(np.linalg.norm(point(multiplier))) - radius
+
+        multiplier = 0.0
+        if outside(0.0) > 0.0:
+            multiplier = scipy.optimize.brentq(outside, 0.0, np.linalg.norm(slope) / radius, xtol=1e-13)
+        z = torch.from_numpy(point(multiplier))
+        return float((self(z) - x).square().sum()) + 0.5 * beta * float(z @ z)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
@@ -67,9 +69,9 @@ def test_finds_the_minimum_of_a_quadratic_energy_inside_and_on_the_ball(radius, 
     assert float(found.norm(dim=-1).max()) <= radius * (1 + 1e-12)
     for decoder, z in zip(decoders, found, strict=True):
         actual = energy(x, decoder(z), z, beta)
-        expected = torch.tensor([decoder.lowest_energy(image, radius, beta) for image in x])
+        expected = torch.tensor([decoder.lowest_energy(image, radius, beta) for image in x], dtype=torch.float64)
         assert float((actual - expected).max()) < 0.02
-        assert float((actual - expected).min()) > -1e-6
+        assert float((actual - expected).min()) > -1e-9
 
 
 def test_average_curvature_of_a_linear_decoder_is_its_hessian():
