@@ -64,11 +64,12 @@ def test_finds_the_minimum_of_a_quadratic_energy_inside_and_on_the_ball(radius, 
     decoders, x = [LinearDecoder(4, seed=c) for c in range(3)], images(5, seed=7)
     starts = 0.01 * normal(2, 3, 5, 4)
     curvature = average_curvature(decoders, normal(8, 4), beta) * torch.tensor([1.0, 0.3, 4.0])[:, None, None]
-    found = minimise(decoders, x, starts, curvature, steps=50, radius=radius, beta=beta)
+    found, energies = minimise(decoders, x, starts, curvature, steps=50, radius=radius, beta=beta)
     assert found.shape == (3, 5, 4)
     assert float(found.norm(dim=-1).max()) <= radius * (1 + 1e-12)
-    for decoder, z in zip(decoders, found, strict=True):
+    for decoder, z, stated in zip(decoders, found, energies, strict=True):
         actual = energy(x, decoder(z), z, beta)
+        assert_close(stated, actual)
         expected = torch.tensor([decoder.lowest_energy(image, radius, beta) for image in x], dtype=torch.float64)
         assert float((actual - expected).max()) < 0.02
         assert float((actual - expected).min()) > -1e-9
@@ -91,7 +92,9 @@ def test_more_steps_never_raise_the_energy_and_zero_leave_the_best_start(random_
         return torch.stack([energy(x, g(z), z, 1.0) for g, z in zip(decoders, latents, strict=True)])
 
     best_start = torch.minimum(energies(starts[0]), energies(starts[1]))
-    found = energies(minimise(decoders, x, starts, curvature, steps=steps, radius=5.0, beta=1.0))
+    latents, stated = minimise(decoders, x, starts, curvature, steps=steps, radius=5.0, beta=1.0)
+    found = energies(latents)
+    assert_close(stated, found)
     assert bool((found <= best_start + 1e-9).all())
     assert steps == 0 or float((best_start - found).mean()) > 0.1
     if steps == 0:
@@ -103,10 +106,11 @@ def test_result_of_an_image_does_not_depend_on_the_others(random_stack):
     decoders, x = stack.class_decoders(), images(70)
     starts = normal(2, 3, 70, 8)
     curvature = average_curvature(decoders, normal(8, 8, seed=1), 1.0)
-    together = minimise(decoders, x, starts, curvature, steps=30, radius=5.0, beta=1.0)
+    together, energies = minimise(decoders, x, starts, curvature, steps=30, radius=5.0, beta=1.0)
     for i in (0, 33, 69):
-        alone = minimise(decoders, x[[i]], starts[:, :, [i]], curvature, steps=30, radius=5.0, beta=1.0)
+        alone, energy_alone = minimise(decoders, x[[i]], starts[:, :, [i]], curvature, steps=30, radius=5.0, beta=1.0)
         assert_close(together[:, [i]], alone, rtol=1e-8, atol=1e-8)
+        assert_close(energies[:, [i]], energy_alone)
 
 
 def test_two_starts_are_the_nearest_prototype_and_one_far_from_it(random_stack):

@@ -75,8 +75,8 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _decode(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
-    """G_c(z): ``(N, C, L) -> (N, C, 784)``."""
-    return torch.stack([decoder(z) for decoder, z in zip(decoders, latents.unbind(1), strict=True)], dim=1)
+    """G_c(z): ``(C, N, L) -> (C, N, 784)``."""
+    return torch.stack([decoder(z) for decoder, z in zip(decoders, latents, strict=True)])
 
 
 def infer_latents(
@@ -100,9 +100,9 @@ def infer_latents(
             energy_out.copy_(start_energy.T)
             latents_out.copy_(prototypes.latents_at(indices).transpose(0, 1))
             continue
-        z = _solve(decoders, prototypes, x, settings, compared).transpose(0, 1)
-        energy_out.copy_(energy(x[:, None], _decode(decoders, z), z, settings.beta))
-        latents_out.copy_(z)
+        z, found = _solve(decoders, prototypes, x, settings, compared)
+        energy_out.copy_(found.T)
+        latents_out.copy_(z.transpose(0, 1))
     return energies, latents
 
 
@@ -110,7 +110,7 @@ def reconstruct(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
     """G_c(z) as images: ``(N, C, L) -> (N, C, 1, 28, 28)``, in bounded working memory."""
     out = latents.new_empty(*latents.shape[:2], PIXELS)
     for z, target in _chunks(_chunk_size(latents), latents, out):
-        target.copy_(_decode(decoders, z))
+        target.copy_(_decode(decoders, z.transpose(0, 1)).transpose(0, 1))
     return out.view(*latents.shape[:2], *IMAGE_SHAPE)
 
 
@@ -123,7 +123,8 @@ def envelope_gradient(
     """
     gradient = torch.empty_like(images)
     for x, z, w, target in _chunks(_chunk_size(images), images, latents, grad_energies, gradient):
-        target.copy_((2.0 * w[:, :, None] * (x[:, None] - _decode(decoders, z))).sum(dim=1))
+        decoded = _decode(decoders, z.transpose(0, 1)).transpose(0, 1)
+        target.copy_((2.0 * w[:, :, None] * (x[:, None] - decoded)).sum(dim=1))
     return gradient
 
 
@@ -157,14 +158,17 @@ def _solve(
     x: Tensor,
     settings: InferenceSettings,
     compared: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Latents ``(C, N, L)`` and energies ``(C, N)`` of images ``(N, 784)``."""
     contest = None if compared is None else Contest(compared.to(x.dtype), _MARGINS[settings.solver])
     if settings.solver == "adam":
         starts = prototypes.latents_at(prototypes.nearest(x, settings.beta)[0]).to(x.dtype)
         if contest is None:
-            return _descend(decoders, x, starts, settings)
-        pairs = Pairs.of_all(decoders, x, settings.beta)
-        return descend_while_open(pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius)
+            z = _descend(decoders, x, starts, settings)
+        else:
+            pairs = Pairs.of_all(decoders, x, settings.beta)
+            z = descend_while_open(pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius)
+        return z, energy(x, _decode(decoders, z), z, settings.beta)
     assert prototypes.curvature is not None
     starts = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)]).to(x.dtype)
     return minimise(

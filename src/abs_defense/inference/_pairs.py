@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +44,24 @@ class Pairs:
     def energy_and_gradient(self, latents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """E and dE/dz at the latents of the pairs ``rows``, which are in ascending order: ``(R,), (R, L)``."""
         energy, gradient = torch.empty_like(latents[:, 0]), torch.empty_like(latents)
-        chunk = _CHUNK_CUDA if latents.is_cuda else _CHUNK_CPU
+        for decoder, part in self._parts(rows):
+            x = self.images[self.image[rows[part]]]
+            energy[part], gradient[part] = decoder.squared_error_and_gradient(latents[part], x)
+        return energy + self.beta * kl_divergence(latents), gradient + self.beta * latents
+
+    def energy(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """E at the latents of the pairs ``rows``, which are in ascending order: ``(R,)``."""
+        energy = torch.empty_like(latents[:, 0])
+        for decoder, part in self._parts(rows):
+            energy[part] = (decoder(latents[part]) - self.images[self.image[rows[part]]]).square().sum(1)
+        return energy + self.beta * kl_divergence(latents)
+
+    def _parts(self, rows: Tensor) -> Iterator[tuple[ClassDecoder, slice]]:
+        """The rows of one class after the other, a few at a time."""
+        chunk = _CHUNK_CUDA if rows.is_cuda else _CHUNK_CPU
         counts = torch.bincount(self.label[rows], minlength=len(self.decoders)).tolist()
         start = 0
         for decoder, number in zip(self.decoders, counts, strict=True):
             for first in range(start, start + number, chunk):
-                part = slice(first, min(first + chunk, start + number))
-                x = self.images[self.image[rows[part]]]
-                energy[part], gradient[part] = decoder.squared_error_and_gradient(latents[part], x)
+                yield decoder, slice(first, min(first + chunk, start + number))
             start += number
-        return energy + self.beta * kl_divergence(latents), gradient + self.beta * latents

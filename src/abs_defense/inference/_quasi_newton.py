@@ -13,12 +13,12 @@ from abs_defense.inference._decoder import ClassDecoder
 from abs_defense.inference._descent import project_to_ball
 from abs_defense.inference._pairs import Pairs
 
-TRIAL_STEPS = 2
+TRIAL_STEPS = 1
 _LONGEST_STEP = 1.0
 _LARGEST_TRUST = 2.0
 _SHRINK = 0.35
 _DAMPING = 0.2
-_TOLERANCE = 1e-2
+_TOLERANCE = 0.03
 _AT_BOUNDARY = 1e-5
 
 
@@ -72,13 +72,13 @@ def minimise(
     radius: float,
     beta: float,
     contest: Contest | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Minimise E_c(x) over the latents by BFGS in the ball ||z|| <= radius.
 
     Each (image, class) makes ``TRIAL_STEPS`` steps from every start, goes on from the best, and stops when the model
-    of its energy promises less than a hundredth of a nat. Steps that raise the energy are taken back and their
-    length cut; the inverse Hessian starts from ``curvature`` and is updated with Powell's damping, so it stays
-    positive definite.
+    of its energy promises less than 0.03 nats; that last step is still made, without a gradient at its end.
+    Steps that raise the energy are taken back and their length cut; the inverse Hessian starts from ``curvature`` and
+    is updated with Powell's damping, so it stays positive definite.
 
     Args:
         decoders: the C classes.
@@ -91,11 +91,13 @@ def minimise(
         contest: if given, classes that it declares lost stay where they are.
 
     Returns:
-        ``(C, N, L)``.
+        Latents ``(C, N, L)`` and their energies ``(C, N)``.
     """
     count, classes, number, size = starts.shape
     inverse = torch.linalg.inv(curvature.to(starts.dtype))
-    latents = starts.transpose(0, 1).reshape(-1, size).clone()
+    latents = starts.transpose(0, 1).reshape(-1, size)
+    if steps > 0:
+        latents = project_to_ball(latents, radius)
     pairs = Pairs.of_all(decoders, images, beta, count)
     problem = _Problem(pairs, radius)
     every = torch.arange(len(latents), device=images.device)
@@ -105,21 +107,30 @@ def minimise(
         inverse[pairs.label],
         latents.new_full((len(latents),), _LONGEST_STEP),
     )
-    trials = min(TRIAL_STEPS, steps) if count > 1 else 0
+    trials = min(TRIAL_STEPS, max(steps - 1, 0)) if count > 1 else 0
     for _ in range(trials):
-        walk = problem.step(walk, every)
+        walk = problem.step(walk, problem.move(walk), every)
     best = walk.energy.view(classes, count, number).argmin(1)
     rows = (every.view(classes, count, number).gather(1, best[:, None])).flatten()
     final = walk.at(rows)
     active = torch.arange(len(rows), device=images.device)
-    for step in range(trials, steps):
-        active = active[problem.promise(final.at(active)) > _TOLERANCE]
+    for step in range(trials, steps - 1):
+        move = problem.move(final.at(active))
+        promising = _promise(final.gradient[active], move) > _TOLERANCE
+        active, move = active[promising], move[promising]
         if contest is not None:
-            active = active[contest.is_open(final.energy.view(classes, number), step).flatten()[active]]
+            still = contest.is_open(final.energy.view(classes, number), step).flatten()[active]
+            active, move = active[still], move[still]
         if not len(active):
             break
-        final.put(active, problem.step(final.at(active), rows[active]))
-    return final.latents.view(classes, number, size)
+        final.put(active, problem.step(final.at(active), move, rows[active]))
+    latents, energy = final.latents, final.energy
+    if steps > 0:
+        last = latents + problem.move(final)
+        last_energy = pairs.energy(last, rows)
+        lower = last_energy < energy
+        latents, energy = torch.where(lower[:, None], last, latents), torch.where(lower, last_energy, energy)
+    return latents.view(classes, number, size), energy.view(classes, number)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ class _Problem:
     pairs: Pairs
     radius: float
 
-    def _move(self, walk: _Walk) -> Tensor:
+    def move(self, walk: _Walk) -> Tensor:
+        """The quasi-Newton step, no longer than trusted, along the sphere where the ball ends."""
         step = -_times(walk.inverse_hessian, walk.gradient)
         outside = (walk.latents + step).norm(dim=1) > self.radius
         held = outside & (walk.latents.norm(dim=1) > (1.0 - _AT_BOUNDARY) * self.radius)
@@ -148,12 +160,7 @@ class _Problem:
         step = -_times(inverse, g)
         return step - normal * ((step * z).sum(1) / (normal * z).sum(1))[:, None]
 
-    def promise(self, walk: _Walk) -> Tensor:
-        """How much lower the next step may lead, by the quadratic model."""
-        return -0.5 * (walk.gradient * self._move(walk)).sum(1)
-
-    def step(self, walk: _Walk, rows: Tensor) -> _Walk:
-        move = self._move(walk)
+    def step(self, walk: _Walk, move: Tensor, rows: Tensor) -> _Walk:
         latents = walk.latents + move
         energy, gradient = self.pairs.energy_and_gradient(latents, rows)
         inverse = _bfgs(walk.inverse_hessian, move, gradient - walk.gradient)
@@ -167,6 +174,11 @@ class _Problem:
             inverse,
             torch.where(lower, grown, _SHRINK * length),
         )
+
+
+def _promise(gradient: Tensor, move: Tensor) -> Tensor:
+    """How much lower a quasi-Newton step leads, by its quadratic model."""
+    return -0.5 * (gradient * move).sum(1)
 
 
 def _bfgs(inverse: Tensor, move: Tensor, change: Tensor) -> Tensor:
