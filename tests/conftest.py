@@ -5,6 +5,7 @@ import os
 import random
 from pathlib import Path
 
+import art.attacks.evasion  # noqa: F401 - its import draws from random
 import numpy as np
 import pytest
 import torch

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import foolbox as fb
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from linear import Linear
 
-from abs_defense import ABS
+from abs_defense import ABS, cli
 from abs_defense.benchmark import (
     CLEAN,
     DISTAL,
@@ -23,6 +24,7 @@ from abs_defense.benchmark import (
     AttackSpec,
     CertificateSpec,
     DistalSpec,
+    Evaluation,
     ModelSpec,
     Result,
     attack_rows,
@@ -558,3 +560,36 @@ def test_killed_evaluation_resumes_to_the_same_table(tmp_path, weights_file):
             return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
     assert table("killed") == table("whole")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_tables_fit_the_terminal_with_every_cell_whole(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    attacked = {"median distance": 2.128, "accuracy at threshold": 0.8512, "strongest attack": "linf-bisector"}
+    cost, published = {"queries per image": 4749.0, "gradients per image": 167.0}, {"published median": 2.24}
+    proved = {"mean certified radius": 1.9, "certified accuracy at threshold": 0.5, "certificate": "proved"}
+    row = {"norm": "L2", "model": "nearest-neighbor", "images": 20, "threshold": "1.5"} | attacked | cost
+    cli._print_evaluation(
+        Evaluation(
+            robustness=[row | published | {"published accuracy": 0.802}, row | {"norm": "L∞"} | proved],
+            models=[{"model": "nearest-neighbor", "images": 20, "fooled by noise": "13 of 50", "seconds": 12345.0}],
+            attacks=[{"model": "nearest-neighbor", "attack": "linf-bisector", "norm": "L2", "seconds": 12345.0}],
+            report=Path("report.html"),
+            errors=[],
+        )
+    )
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    for cell in (
+        "nearest-neighbor",
+        "linf-bisector",
+        "2.13",
+        "85.1 %",
+        "80.2 %",
+        "1.900",
+        "proved",
+        "13 of 50",
+        "12345",
+    ):
+        assert cell in printed
+    assert ("4749" in printed) == (columns == 160)

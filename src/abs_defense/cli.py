@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -148,9 +150,15 @@ def report(
 
 
 def _print_evaluation(result: Evaluation) -> None:
-    console = Console()
+    console = _console()
     _print_rows(console, "models", result.models)
-    _print_rows(console, "the strongest attack for each image counts", result.robustness)
+    for norm in dict.fromkeys(row["norm"] for row in result.robustness):
+        rows = [row for row in result.robustness if row["norm"] == norm]
+        shown = [{c: v for c, v in row.items() if c not in ("norm", "threshold")} for row in rows]
+        title = f"{norm}: the strongest attack for each image counts; accuracy at {rows[0]['threshold']}"
+        _print_rows(console, title, [{c: v for c, v in row.items() if "certif" not in c} for row in shown])
+        certified = [{c: v for c, v in row.items() if c == "model" or "certif" in c} for row in shown]
+        _print_rows(console, f"{norm}: certified radii", [row for row in certified if len(row) > 1])
     _print_rows(console, "each attack, over the images classified correctly", result.attacks)
     for error in result.errors:
         console.print(f"[red]failed: {_escape(error)}[/]")
@@ -466,9 +474,19 @@ def _print_plan(plan: Plan) -> None:
                 "seconds": seconds,
             }
         )
-    console = Console()
+    console = _console()
     _print_rows(console, "the plan, and what is left of it on this machine", rows)
     console.print(f"about {datetime.timedelta(seconds=round(total))} in all")
+
+
+_NAMES = ("model", "attack", "measurement", "norm", "strongest attack")
+_DETAILS = ("images", "queries per image", "gradients per image")
+_WIDE = 120
+
+
+def _console() -> Console:
+    """In a file or a pipe, lines long enough for the tables."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
 
 
 def _print_rows(console: Console, title: str, rows: Sequence[dict[str, float | str | None]]) -> None:
@@ -477,12 +495,17 @@ def _print_rows(console: Console, title: str, rows: Sequence[dict[str, float | s
     printed = formatted(rows)
     if not printed:
         return
-    table = Table(title=title)
-    for column in printed[0]:
-        is_name = column in ("model", "attack", "measurement", "norm", "strongest attack")
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=column == "model")
+    wide = console.width >= _WIDE
+    columns = [c for c in printed[0] if wide or c not in _DETAILS]
+    style: dict[str, Any] = {} if wide else {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(title=title, title_justify="left", **style)
+    for column in columns:
+        # Headers may wrap, cells never.
+        least = max(len(text) for text in (*column.split(), *(row[column] for row in printed)))
+        width = None if wide else least
+        table.add_column(column, justify="left" if column in _NAMES else "right", min_width=least, width=width)
     for row in printed:
-        table.add_row(*row.values())
+        table.add_row(*(row[c] for c in columns))
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """Attacks of the paper and of ours as foolbox attacks, and foolbox models that estimate gradients or count queries."""
 
+from abs_defense.attacks._art_attack import ARTAttack
 from abs_defense.attacks._base import L0Distance
 from abs_defense.attacks._bisector import L0BisectorAttack, L2BisectorAttack, LInfBisectorAttack
 from abs_defense.attacks._distal import DistalAttack
@@ -11,6 +12,7 @@ from abs_defense.attacks._queries import QueryCounter, QueryLimitExceededError
 from abs_defense.attacks._register import register
 
 __all__ = [
+    "ARTAttack",
     "DistalAttack",
     "EpsilonSearchAttack",
     "FiniteDifferenceModel",

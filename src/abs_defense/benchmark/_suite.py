@@ -18,6 +18,7 @@ from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from torch import nn
 
 from abs_defense.attacks import (
+    ARTAttack,
     EpsilonSearchAttack,
     L0BisectorAttack,
     L2BisectorAttack,
@@ -199,6 +200,8 @@ L2_BRENDEL_BETHGE = partial(_started, fa.L2BrendelBethgeAttack)
 LINF_BRENDEL_BETHGE = partial(_started, fa.LinfinityBrendelBethgeAttack)
 L0_BRENDEL_BETHGE = partial(_started, fa.L0BrendelBethgeAttack)
 POINTWISE_FROM_BISECTOR = _pointwise_from_bisector
+L2_APGD, LINF_APGD = (partial(ARTAttack, "AutoProjectedGradientDescent", norm) for norm in ("l2", "linf"))
+L2_SQUARE, LINF_SQUARE = (partial(ARTAttack, "SquareAttack", norm) for norm in ("l2", "linf"))
 L2_POINTWISE = partial(PointwiseAttack, norm="l2")
 
 
@@ -279,14 +282,45 @@ PAPER: Sequence[Measurement] = (
     DISTAL,
 )
 
+_CE, _DLR = "cross_entropy", "difference_logits_ratio"
+
 TODAY: Sequence[Measurement] = (
     _attack("l2-bisector", "l2", L2BisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
     _attack("ddn", "l2", fa.DDNAttack, 102, 100, steps=100),
     _attack("l2-fmn", "l2", fa.L2FMNAttack, 102, 100, steps=100),
     _attack("l2-brendel-bethge", "l2", L2_BRENDEL_BETHGE, 300, 200, steps=200),
+    # The parts of AutoAttack that are not in foolbox.
+    _attack("l2-apgd-ce", "l2", L2_APGD, 800, 360, epsilons=_L2_EPSILONS, loss_type=_CE, max_iter=50, nb_random_init=1),
+    _attack(
+        "l2-apgd-dlr", "l2", L2_APGD, 800, 360, epsilons=_L2_EPSILONS, loss_type=_DLR, max_iter=50, nb_random_init=1
+    ),
+    _attack("l2-square", "l2", L2_SQUARE, 3500, epsilons=_L2_EPSILONS, max_iter=500),
     _attack("hop-skip-jump", "l2", HOP_SKIP_JUMP, 6000, steps=20, max_gradient_eval_steps=400),
     _attack("linf-bisector", "linf", LInfBisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
     _attack("linf-fmn", "linf", fa.LInfFMNAttack, 102, 100, steps=100),
+    _attack(
+        "linf-apgd-ce",
+        "linf",
+        LINF_APGD,
+        800,
+        360,
+        epsilons=_LINF_EPSILONS,
+        loss_type=_CE,
+        max_iter=50,
+        nb_random_init=1,
+    ),
+    _attack(
+        "linf-apgd-dlr",
+        "linf",
+        LINF_APGD,
+        800,
+        360,
+        epsilons=_LINF_EPSILONS,
+        loss_type=_DLR,
+        max_iter=50,
+        nb_random_init=1,
+    ),
+    _attack("linf-square", "linf", LINF_SQUARE, 3500, epsilons=_LINF_EPSILONS, max_iter=500),
     _attack("linf-brendel-bethge", "linf", LINF_BRENDEL_BETHGE, 300, 200, steps=200),
     _attack("l0-bisector", "l0", L0BisectorAttack, 45, models=ABS_NAMES, steps=20, rivals=3),
     _attack("l0-bisector-pointwise", "l0", POINTWISE_FROM_BISECTOR, 110, models=ABS_NAMES, restarts=3),
@@ -381,5 +415,6 @@ def _name(factory: Factory) -> str:
     if isinstance(factory, str):
         return factory
     if isinstance(factory, partial):
-        return ", ".join(_name(part) for part in (factory.func, *factory.args) if callable(part))
+        parts = (factory.func, *factory.args)
+        return ", ".join(_name(part) if callable(part) else str(part) for part in parts)
     return f"{factory.__module__}:{factory.__qualname__}"
