@@ -123,7 +123,7 @@ def main() -> None:
 
 def _bench(images: int, prototypes: int, steps: int, *, binary: bool = False) -> Bench:
     digits = foolbox_digits().head(images)
-    model = (BinaryABS if binary else ABS)(prototypes=prototypes, steps=steps)
+    model = (BinaryABS if binary else ABS)(prototypes=prototypes, steps=steps, solver="adam")
     return Bench(model, digits.images.clone(), digits.labels.clone())
 
 
@@ -208,7 +208,7 @@ def _page(done: list[tuple[Row, Outcome]], size: dict[str, int]) -> str:
     words = {"runs": "run", "fails": "fail", "does not apply": "do not apply", "stopped": "were stopped"}
     page = HEADER.format(
         versions=f"Python {platform.python_version()}, {versions}",
-        model=f"ABS(prototypes={size['prototypes']}, steps={size['steps']})",
+        model=f"ABS(prototypes={size['prototypes']}, steps={size['steps']}, solver='adam')",
         images=size["images"],
         bounds=", ".join(f"{norm} {bound:g}" for norm, bound in BOUNDS.items() if bound),
         summary=f"{len(done)} rows: " + ", ".join(f"{count} {words[status]}" for status, count in counts.items()) + ".",
@@ -244,7 +244,7 @@ def _short(value: Any) -> str:
 def _autoattack(size: dict[str, int]) -> str:
     if _version("pyautoattack") == "not installed":
         return ""
-    few, bench = {"prototypes": size["prototypes"], "steps": size["steps"]}, _bench(**size)
+    few, bench = {"prototypes": size["prototypes"], "steps": size["steps"], "solver": "adam"}, _bench(**size)
     models = {
         "ABS": ABS(**few),
         'ABS, gradient="unrolled"': ABS(**few, gradient="unrolled"),

@@ -56,7 +56,7 @@ def main() -> None:
     print(f"{data.name}, {len(x)} images, DDN with {args.steps} steps")
 
     for kind in (ABS, BinaryABS):
-        exact = {g: kind(args.weights, gradient=g) for g in ("envelope", "unrolled")}
+        exact = {g: kind(args.weights, gradient=g, solver="adam") for g in ("envelope", "unrolled")}
         exact["envelope, bfgs"] = kind(args.weights, solver="bfgs")
         if kind is ABS:
             n = args.alignment_images

@@ -113,7 +113,7 @@ def scaling(weights: str, device: torch.device, images: Tensor, repeats: int, pa
         parts = [[tensors[f"{kind}_{i}"] for i in range(4)] for kind in ("weight", "bias")]
         gamma = (1.0,) * count
         more = replace(loaded, decoders=DecoderStack(*parts), calibration=replace(loaded.calibration, gamma=gamma))
-        return ABS(replace(more, prototypes=None), prototypes=1000)
+        return ABS(replace(more, prototypes=None), prototypes=1000, solver="adam")
 
     digits = images.repeat(20, 1, 1, 1)
     panels: list[tuple[str, list[int], Callable[[int], Callable[[], object]]]] = []
@@ -125,10 +125,18 @@ def scaling(weights: str, device: torch.device, images: Tensor, repeats: int, pa
 
     panels.append(("images in the batch", [1, 10, 50, 100, 200, 400], lambda n: measured(usual["adam"], digits[:n])))
     panels.append(
-        ("prototypes", [500, 2000, 8000, 16000], lambda n: measured(ABS(weights, prototypes=n, steps=5), digits[:100]))
+        (
+            "prototypes",
+            [500, 2000, 8000, 16000],
+            lambda n: measured(ABS(weights, prototypes=n, steps=5, solver="adam"), digits[:100]),
+        )
     )
     panels.append(
-        ("steps of Adam", [0, 10, 25, 50], lambda n: measured(ABS(weights, prototypes=1000, steps=n), digits[:100]))
+        (
+            "steps of Adam",
+            [0, 10, 25, 50],
+            lambda n: measured(ABS(weights, prototypes=1000, steps=n, solver="adam"), digits[:100]),
+        )
     )
     panels.append(("classes", [2, 5, 10, 20], lambda n: measured(classes(n), digits[:50])))
     panels.append(
@@ -172,7 +180,7 @@ def main() -> None:
     if device.type == "cpu":
         before = memory(device)
     started = time.perf_counter()
-    models = {"adam, 50 steps (the paper's)": ABS(args.weights).to(device)}
+    models = {"adam, 50 steps (the paper's)": ABS(args.weights, solver="adam").to(device)}
     answer(models["adam, 50 steps (the paper's)"], digits[:1])
     print(f"warm-up: {time.perf_counter() - started:.1f} s")
     models["bfgs"] = ABS(args.weights, solver="bfgs").to(device)

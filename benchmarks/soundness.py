@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--model", default="prototype-abs")
     parser.add_argument("--weights")
-    parser.add_argument("--solver", default="adam", help="of a model with latent descent")
+    parser.add_argument("--solver", default="bfgs", help="of a model with latent descent")
     parser.add_argument("--norm", choices=NORM_NAMES, action="append")
     parser.add_argument("--pgd-images", type=int, default=50, help="images on which PGD runs at their own radius")
     args = parser.parse_args()

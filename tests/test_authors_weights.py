@@ -39,8 +39,8 @@ def models(shared_data, reference):
     """Both models with the prototypes the authors drew, which are decoded once."""
     weights = load_weights(shared_data / "schott2018")
     models = {
-        "abs": ABS(weights, prototypes=1, steps=UPDATES),
-        "binary": BinaryABS(weights, prototypes=1, steps=UPDATES),
+        "abs": ABS(weights, prototypes=1, steps=UPDATES, solver="adam"),
+        "binary": BinaryABS(weights, prototypes=1, steps=UPDATES, solver="adam"),
     }
     latents = reference["latents"].float()
     decoded = Prototypes.decode(weights.decoders.class_decoders(), latents, beta=1.0)
@@ -54,7 +54,10 @@ def models(shared_data, reference):
 def few_prototypes(shared_data):
     """Both models as a user has them, but for a smaller number of prototypes."""
     weights = load_weights(shared_data / "schott2018")
-    return {"abs": ABS(weights, prototypes=500), "binary": BinaryABS(weights, prototypes=500)}
+    return {
+        "abs": ABS(weights, prototypes=500, solver="adam"),
+        "binary": BinaryABS(weights, prototypes=500, solver="adam"),
+    }
 
 
 @pytest.mark.parametrize("name", ["abs", "binary"])
@@ -112,7 +115,7 @@ def test_envelope_gradient_equals_finite_differences_where_latents_are_stationar
         [state[f"weight_{i}"][classes] for i in range(4)], [state[f"bias_{i}"][classes] for i in range(4)]
     )
     weights = Weights(subset, Calibration(alpha=440.0, eta=3.9e-5, gamma=(1.0,) * 4))
-    model = ABS(weights, prototypes=200, steps=600, lr=0.01).double()
+    model = ABS(weights, prototypes=200, steps=600, lr=0.01, solver="adam").double()
     x = (0.05 + 0.9 * digits.images[:2]).double().requires_grad_()
     logits = model(x)
     gradients = torch.stack([torch.autograd.grad(logits[:, c].sum(), x, retain_graph=True)[0] for c in range(4)], dim=1)

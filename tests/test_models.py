@@ -404,10 +404,18 @@ def test_gradient_none_gives_detached_logits(kind, random_weights, digits, steps
 def test_the_gradient_policy_does_not_change_logits(kind, random_weights, digits):
     weights = random_weights(3)
     first, *others = (
-        kind(weights, prototypes=32, steps=3, gradient=gradient)(digits.images)
+        kind(weights, prototypes=32, steps=3, solver="adam", gradient=gradient)(digits.images)
         for gradient in ("envelope", "unrolled", "none")
     )
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("settings", "solver"),
+    [({}, "bfgs"), ({"gradient": "unrolled"}, "adam"), ({"gradient": "none"}, "bfgs"), ({"solver": "adam"}, "adam")],
+)
+def test_the_solver_is_bfgs_unless_gradients_go_through_its_steps(kind, settings, solver):
+    assert kind(weights=None, prototypes=1, steps=1, **settings).settings.solver == solver
 
 
 def test_envelope_gradient_is_the_gradient_at_the_inferred_latents(small_abs, digits):
@@ -434,8 +442,8 @@ def assert_equals_finite_differences(model, images, h, tolerance):
 
 
 def test_envelope_gradient_of_stationary_latents_equals_finite_differences(random_weights, random_images):
-    """600 small steps make the latents stationary; then the envelope theorem makes the gradient exact."""
-    model = ABS(random_weights(3), prototypes=64, steps=600, lr=0.01).double()
+    """600 small steps of Adam make the latents stationary; then the envelope theorem makes the gradient exact."""
+    model = ABS(random_weights(3), prototypes=64, steps=600, lr=0.01, solver="adam").double()
     assert_equals_finite_differences(model, random_images(2, dtype=torch.float64), h=1e-4, tolerance=0.01)
 
 
@@ -449,7 +457,7 @@ def test_gradient_is_exact(random_weights, random_images, gradient, steps):
 def test_unrolled_gradient_differs_from_the_envelope_after_few_steps(random_weights, digits):
     weights = random_weights(3)
     gradients = [
-        gradient_of(ABS(weights, prototypes=32, steps=3, gradient=gradient), digits.images[:4])
+        gradient_of(ABS(weights, prototypes=32, steps=3, solver="adam", gradient=gradient), digits.images[:4])
         for gradient in ("envelope", "unrolled")
     ]
     assert not torch.allclose(*gradients, rtol=1e-2)
@@ -737,7 +745,7 @@ def test_load_model(tmp_path, random_weights, digits, name, kind, steps):
     assert type(model) is kind
     assert not model.training
     assert (model.settings.steps, model.gradient, model.seed) == (steps, "unrolled", 3)
-    expected = kind(weights, steps=steps, seed=3)
+    expected = kind(weights, steps=steps, solver="adam", seed=3)
     assert torch.equal(model(digits.images[:2]), expected(digits.images[:2]))
 
 

@@ -81,8 +81,8 @@ def evaluate(
         str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="Of latent descent: adam (the paper's), or bfgs (ours, faster).")
-    ] = "adam",
+        str, typer.Option(help="Of latent descent: bfgs (ours, faster), or adam (the paper's).")
+    ] = "bfgs",
     nearest_neighbor_data: Annotated[
         Path | None, typer.Option(help="Folder of IDX files: nearest-neighbor stores all its training images.")
     ] = None,

@@ -293,14 +293,15 @@ def _known_accuracy(model: ABS) -> float | None:
     """
     kind = type(model)
     bundled = load_weights("mnist")
-    if model.weights_sha256() != state_sha256(kind(bundled, prototypes=1, steps=0)):
+    usual = kind(bundled, prototypes=1)
+    if model.weights_sha256() != state_sha256(usual):
         return None
-    parameters, settings = inspect.signature(kind).parameters, _settings(model)
-    differing = {name for name in _SETTINGS if settings[name] != parameters[name].default} - {"gradient"}
-    latents = sample_latents(parameters["prototypes"].default, model.latent_dim, 0)
+    settings, usual_settings = _settings(model), _settings(usual)
+    differing = {name for name in _SETTINGS if settings[name] != usual_settings[name]} - {"gradient"}
+    latents = sample_latents(inspect.signature(kind).parameters["prototypes"].default, model.latent_dim, 0)
     if not differing:
         figure = {ABS: "abs", BinaryABS: "binary-abs"}[kind]
-    elif kind is ABS and differing == {"steps"} and not model.settings.steps:
+    elif kind is ABS and differing <= {"steps", "solver"} and not model.settings.steps:
         figure = "prototype-abs"
         latents = latents if bundled.prototypes is None else bundled.prototypes
     else:

@@ -355,7 +355,7 @@ def choose_measurements(
     return [m for m in unique.values() if m.name not in skip]
 
 
-def our_model(name: str, *, weights: str | Path | None = None, solver: Solver = "adam", seed: int = 0) -> ModelSpec:
+def our_model(name: str, *, weights: str | Path | None = None, solver: Solver = "bfgs", seed: int = 0) -> ModelSpec:
     """One of the models of ``load_model``; ``weights``, ``solver`` and ``seed`` are for those of ABS."""
     settings: dict[str, Any] = {"name": name}
     if name in ABS_NAMES:

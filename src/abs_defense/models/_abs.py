@@ -63,8 +63,9 @@ class ABS(Classifier):
         lr: Adam's step size on z.
         radius: of the ball that z is kept in.
         beta: weight of the KL term.
-        solver: of the latent descent. ``"adam"`` is the paper's; ``"bfgs"`` (ours) makes at most ``steps`` BFGS steps
-            from the better of two prototypes and stops when it has converged: lower energies, several times faster.
+        solver: of the latent descent. ``"adam"`` is the paper's: ``steps`` updates from the best prototype. ``"bfgs"``
+            (ours) makes at most ``steps`` BFGS steps from the better of two prototypes and stops when it has
+            converged: lower energies, several times faster. None: ``"adam"`` for unrolled gradients, else ``"bfgs"``.
         gradient: what back-propagation from the logits yields. ``"envelope"``: the gradient at fixed latents,
             ``2 (x - G(z*))`` per energy, exact where z* is stationary. ``"unrolled"``: through every update of the
             descent (``solver="adam"`` only). ``"none"``: the logits are detached.
@@ -96,11 +97,13 @@ class ABS(Classifier):
         lr: float = 0.05,
         radius: float = 5.0,
         beta: float = 1.0,
-        solver: Solver = "adam",
+        solver: Solver | None = None,
         gradient: Gradient = "envelope",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if solver is None:
+            solver = "adam" if gradient == "unrolled" else "bfgs"
         _check_settings(steps=steps, lr=lr, radius=radius, beta=beta, solver=solver, gradient=gradient)
         loaded = weights if isinstance(weights, Weights) else load_weights(weights)
         self.decoders = loaded.decoders
@@ -125,7 +128,7 @@ class ABS(Classifier):
             latents = self.prototype_latents.to(self._dtype)
             decoders = self.decoders.class_decoders()
             decoded = Prototypes.decode(decoders, latents, self.settings.beta)
-            if self.settings.solver == "bfgs":
+            if self.settings.solver == "bfgs" and self.settings.steps:
                 prior = sample_latents(_CURVATURE_SAMPLES, self.latent_dim, self.seed).to(latents)
                 self.curvature = average_curvature(decoders, prior, self.settings.beta)
         dtype = self.prototype_latents.dtype

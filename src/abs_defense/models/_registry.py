@@ -39,7 +39,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
-    solver: Solver = "adam",
+    solver: Solver | None = None,
     seed: int = 0,
 ) -> ABS: ...
 @overload
@@ -48,7 +48,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
-    solver: Solver = "adam",
+    solver: Solver | None = None,
     seed: int = 0,
 ) -> Classifier: ...
 def load_model(
@@ -56,7 +56,7 @@ def load_model(
     *,
     weights: str | Path | Weights | None = None,
     gradient: Gradient = "envelope",
-    solver: Solver = "adam",
+    solver: Solver | None = None,
     seed: int = 0,
 ) -> Classifier:
     """A ready model by name, in evaluation mode on the CPU.
