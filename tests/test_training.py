@@ -1,3 +1,4 @@
+import copy
 import csv
 import itertools
 import json
@@ -16,9 +17,18 @@ from idx import write_toy_set
 from abs_defense import ABS, BinaryABS
 from abs_defense.data import ImageSet, load_idx_dataset
 from abs_defense.inference import DecoderStack
-from abs_defense.models import Calibration, Weights, fold_decoders, load_weights, save_weights, unfold_decoders
+from abs_defense.models import (
+    Calibration,
+    Weights,
+    fold_decoders,
+    load_model,
+    load_weights,
+    save_weights,
+    unfold_decoders,
+)
 from abs_defense.training import (
     VAETraining,
+    average_abs,
     calibrate_confidence,
     calibrate_gamma,
     class_energies,
@@ -255,6 +265,53 @@ def test_whole_training_of_three_classes(toy, toy_folder, tmp_path, monkeypatch)
         )
         == card
     )
+
+
+@pytest.fixture
+def three_weights(finished, tmp_path):
+    trained, paths = fold_decoders([vae.decoder for vae in finished[1]]), []
+    for seed in range(3):
+        generator, stack = torch.Generator().manual_seed(seed), copy.deepcopy(trained)
+        for value in stack.parameters():
+            value += 0.02 * torch.randn(value.shape, generator=generator)
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_weights(paths[-1], Weights(stack, Calibration(1.0, 0.0, (1.0,) * 3)))
+    return paths
+
+
+def test_average_of_weights(toy, toy_folder, three_weights, tmp_path, monkeypatch):
+    settings = {
+        "test": load_idx_dataset(toy_folder, "test"),
+        "calibration_images": 48,
+        "prototypes": 20,
+        "command": "c",
+        "progress": False,
+    }
+    calibration = Calibration(100.0, 1e-5, (1.0, 0.9, 1.1))
+    monkeypatch.setattr("abs_defense.training._run.calibrate", lambda *args, **kwargs: calibration)
+    card = average_abs(three_weights, toy, tmp_path / "out", **settings)
+    assert card == json.loads((tmp_path / "out" / "abs.json").read_text())
+    mean = load_weights(tmp_path / "out" / "abs.safetensors")
+    assert mean.prototypes.shape == (3, 20, 8)
+    assert mean.calibration == calibration
+    parts = [load_weights(path).decoders.state_dict() for path in three_weights]
+    for name, value in mean.decoders.state_dict().items():
+        torch.testing.assert_close(value, (parts[0][name] + parts[1][name] + parts[2][name]) / 3)
+    prediction = load_model("abs", weights=mean)(settings["test"].images).argmax(1)
+    assert card["test_figures"]["abs"]["accuracy"] == (prediction == settings["test"].labels).double().mean()
+    assert len(card["recipe"]["mean of"]) == 3
+
+    monkeypatch.setattr("abs_defense.training._run.calibrate", None)
+    monkeypatch.setattr("abs_defense.training._run._test_figures", None)
+    assert average_abs(three_weights, toy, tmp_path / "out", **settings) == card
+
+
+def test_only_weights_of_the_same_shape_have_an_average(toy, three_weights, random_weights, tmp_path):
+    save_weights(tmp_path / "four.safetensors", random_weights(4))
+    with pytest.raises(ValueError, match=r"four\.safetensors and .*0\.safetensors have other classes"):
+        average_abs([*three_weights, tmp_path / "four.safetensors"], toy, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="expected weights to average, got none"):
+        average_abs([], toy, tmp_path / "out", progress=False)
 
 
 def test_test_set_with_more_classes_is_refused(toy, tmp_path):

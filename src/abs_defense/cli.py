@@ -273,6 +273,35 @@ def train_abs_command(
     Console().print_json(json.dumps(card))
 
 
+@train_app.command("average")
+def train_average_command(
+    weights: Annotated[list[str], typer.Argument(help="Files of ABS weights, as of runs that continue one another.")],
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder for weights and card.")] = Path("abs-average"),
+    download: Download = False,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Training images for alpha, eta, gamma.")] = 10_000,
+    prototypes: Annotated[int, typer.Option(min=0, help="Prototypes a class to choose for prototype-abs.")] = 4000,
+    test: Test = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """ABS whose decoders are the mean of others', calibrated. Continues in --out where it was stopped."""
+    from abs_defense.training import average_abs
+
+    card = average_abs(
+        weights,
+        _train_images(data_dir, download),
+        out,
+        test=_all_test_images(data_dir) if test else None,
+        calibration_images=calibration_images,
+        prototypes=prototypes,
+        seed=seed,
+        device=_device(device),
+        command=_command(),
+    )
+    Console().print_json(json.dumps(card))
+
+
 @train_app.command("prototypes")
 def train_prototypes_command(
     weights: WeightsSource = "mnist",

@@ -11,7 +11,7 @@ from abs_defense.training._baselines import (
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
 from abs_defense.training._certified import CertifiedTraining, train_certified, train_certified_abs
 from abs_defense.training._prototypes import choose_prototypes
-from abs_defense.training._run import load_vaes, train_abs
+from abs_defense.training._run import average_abs, load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "NetworkTraining",
     "VAETraining",
     "accuracy",
+    "average_abs",
     "calibrate",
     "calibrate_confidence",
     "calibrate_gamma",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
+from abs_defense.inference._decoder import KERNELS
 from abs_defense.models import (
     VAE,
     Calibration,
@@ -26,6 +27,7 @@ from abs_defense.models import (
     load_model,
     load_weights,
     save_weights,
+    state_sha256,
     unfold_decoders,
 )
 from abs_defense.models._weights import sha256
@@ -79,21 +81,110 @@ def train_abs(
         OSError: the folder cannot be written.
     """
     config = config or VAETraining()
-    if test is not None and test.num_classes > train.num_classes:
-        raise ValueError(f"the test images have {test.num_classes} classes, the training images {train.num_classes}")
+    _check_classes(train, test)
     folder = require_writable_folder(out)
     init = None if init is None else bundled_weights().get(str(init), Path(init))
     start = None if init is None else load_vaes(init)
     vaes = train_vaes(train, folder, config, init=start, device=device, progress=progress)
     _save_vaes(folder / VAES, vaes, config)
     decoders = fold_decoders([vae.decoder for vae in vaes])
-    identity: dict[str, Any] = {
-        "recipe": asdict(config),
-        "init": None if init is None else sha256(init),
-        "images": train.sha256(),
-        "calibration_images": calibration_images,
-    }
-    calibration = _calibration(folder, identity, decoders, train, calibration_images, config.seed, device, progress)
+    return _finish(
+        folder,
+        decoders,
+        train,
+        {"recipe": asdict(config), "init": None if init is None else sha256(init)},
+        test=test,
+        calibration_images=calibration_images,
+        prototypes=prototypes,
+        seed=config.seed,
+        device=device,
+        progress=progress,
+        command=command,
+    )
+
+
+def average_abs(
+    sources: Sequence[str | Path],
+    train: ImageSet,
+    out: str | Path,
+    *,
+    test: ImageSet | None = None,
+    calibration_images: int = 10_000,
+    prototypes: int = 4000,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """ABS whose decoders are the mean of others' (batch norm folded in), as of runs that continue one another. The
+    mean generalises better than its parts. Calibration, prototypes, figures and card as ``train_abs`` makes them.
+
+    Args:
+        sources: weights of ABS of the same classes and architecture, as for ``ABS``.
+        train: training images, for calibration and prototypes.
+        out: folder; made if missing.
+        seed: of the calibration's images and of the samples among which prototypes are chosen.
+        test, calibration_images, prototypes, device, command, progress: as for ``train_abs``.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: no sources, or ones of different classes or architectures; also as ``train_abs``.
+        FileNotFoundError: no such weights.
+        OSError: the folder cannot be written.
+    """
+    stacks = [load_weights(source).decoders for source in sources]
+    if not stacks:
+        raise ValueError("sources: expected weights to average, got none")
+    shapes = [{name: tuple(value.shape) for name, value in stack.state_dict().items()} for stack in stacks]
+    for source, shape in zip(sources, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(f"sources: {source} and {sources[0]} have other classes or another architecture")
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([stack.get_parameter(name) for stack in stacks]).mean(0)
+
+    layers = range(len(KERNELS))
+    decoders = DecoderStack([mean(f"weight_{i}") for i in layers], [mean(f"bias_{i}") for i in layers])
+    return _finish(
+        require_writable_folder(out),
+        decoders,
+        train,
+        {"recipe": {"mean of": [state_sha256(stack) for stack in stacks], "seed": seed}, "init": None},
+        test=test,
+        calibration_images=calibration_images,
+        prototypes=prototypes,
+        seed=seed,
+        device=device,
+        progress=progress,
+        command=command,
+    )
+
+
+def _check_classes(train: ImageSet, test: ImageSet | None) -> None:
+    if test is not None and test.num_classes > train.num_classes:
+        raise ValueError(f"the test images have {test.num_classes} classes, the training images {train.num_classes}")
+
+
+def _finish(
+    folder: Path,
+    decoders: DecoderStack,
+    train: ImageSet,
+    origin: dict[str, Any],
+    *,
+    test: ImageSet | None,
+    calibration_images: int,
+    prototypes: int,
+    seed: int,
+    device: str | torch.device,
+    progress: bool,
+    command: str,
+) -> dict[str, Any]:
+    """Everything after the decoders."""
+    _check_classes(train, test)
+    identity: dict[str, Any] = {**origin, "images": train.sha256(), "calibration_images": calibration_images}
+    calibration = _calibration(folder, identity, decoders, train, calibration_images, seed, device, progress)
     weights = Weights(decoders, calibration)
     if prototypes:
         identity = {**identity, "prototypes": prototypes}
@@ -111,12 +202,12 @@ def train_abs(
         name="ABS and Binary ABS, one VAE a class",
         data=train.name,
         data_sha256=train.sha256(),
-        recipe=asdict(config),
-        init_sha256=identity["init"],
+        recipe=origin["recipe"],
+        init_sha256=origin["init"],
         calibration_images=calibration_images,
         prototypes=prototypes,
         calibration={**asdict(calibration), "gamma": list(calibration.gamma)},
-        seed=config.seed,
+        seed=seed,
         test_figures=figures,
     )
 
