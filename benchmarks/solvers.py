@@ -24,6 +24,7 @@ from abs_defense import ABS, BinaryABS
 from abs_defense.data import foolbox_digits, load_idx_dataset
 
 SOLVERS = ("adam", "bfgs")
+KINDS = {"abs": ABS, "binary-abs": BinaryABS}
 BATCH = 500
 
 
@@ -90,11 +91,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--adversarials", type=int, default=200, help="of the first so many images")
     parser.add_argument("--weights", default="mnist")
+    parser.add_argument("--model", choices=KINDS, action="append")
     parser.add_argument("--out", type=Path, default=Path("solvers"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = (foolbox_digits() if args.data_dir is None else load_idx_dataset(args.data_dir)).head(args.images)
-    for kind in (ABS, BinaryABS):
+    for kind in (KINDS[name] for name in args.model or KINDS):
         models = {solver: kind(args.weights, solver=solver) for solver in SOLVERS}
         compare(f"{kind.__name__} clean", models, data.images, data.labels, args.out)
         few = data.head(min(args.adversarials, len(data)))
