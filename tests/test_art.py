@@ -146,13 +146,14 @@ def test_labels_may_be_missing_or_one_hot(estimator, images, labels):
     np.testing.assert_array_equal(attack.generate(images, np.eye(10)[labels]), expected)
 
 
-def test_targets(estimator, images, labels):
+def test_targets(estimator, model, images):
     targets = estimator.predict(images).argsort(1)[:, -2]
-    for attack in (
-        LatentDescent(estimator, stepsize=0.2, steps=30, targeted=True, verbose=False),
-        Pointwise(estimator, targeted=True, max_queries=80, verbose=False),
+    starts = model.prototype_images[targets, 0].view(3, 1, 28, 28).numpy()
+    for attack, start in (
+        (LatentDescent(estimator, stepsize=0.2, steps=30, targeted=True, verbose=False), {}),
+        (Pointwise(estimator, targeted=True, max_queries=80, verbose=False), {"x_adv_init": starts}),
     ):
-        perturbed = attack.generate(images, targets)
+        perturbed = attack.generate(images, targets, **start)
         reached = estimator.predict(perturbed).argmax(1) == targets
         untouched = (perturbed == images).reshape(3, -1).all(1)
         assert (reached | untouched).all()

@@ -274,6 +274,8 @@ def _parse_config(source: str, config: dict[str, Any]) -> tuple[type[ABS], dict[
     settings = {name: value for name, value in config.items() if name not in ("format", "model")}
     if unknown := sorted(settings.keys() - {*_SETTINGS, "prototypes"}):
         raise ValueError(f"{source}: {CONFIG} has unknown settings {', '.join(unknown)}; a newer version wrote it?")
+    if settings.get("solver") == "bfgs":
+        del settings["solver"]  # the default, which another gradient may change
     if "prototypes" not in settings:
         raise ValueError(f"{source}: {CONFIG} lacks prototypes")
     return kind, settings
