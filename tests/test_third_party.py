@@ -92,6 +92,8 @@ def test_attacks_through_latent_descent(digits, gradient):
 
 @pytest.mark.parametrize("name", ["certification: randomised smoothing", "metrics: loss gradient check"])
 def test_arts_tools_run(name, bench):
+    if "certification" in name:
+        pytest.importorskip("statsmodels", reason="needs abs-defense[third-party]")
     _seed()
     (row,) = [row for row in ROWS if row.name == name]
     outcome = measure(row, bench)
@@ -183,6 +185,7 @@ def test_clipped_takes_what_the_model_refuses(random_weights, beside):
 
 def test_art_smoothing_certifies(bench):
     """ART's randomised smoothing, as documented, with a model that clips the noise."""
+    pytest.importorskip("statsmodels", reason="needs abs-defense[third-party]")
     from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 
     smoothed = PyTorchRandomizedSmoothing(
