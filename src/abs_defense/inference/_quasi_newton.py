@@ -88,7 +88,7 @@ def minimise(
         steps: the most steps of a descent, the trial ones included.
         radius: of the ball.
         beta: weight of the KL term.
-        contest: if given, classes that it declares lost stay where they are.
+        contest: if given, classes that it declares lost make only the last step.
 
     Returns:
         Latents ``(C, N, L)`` and their energies ``(C, N)``.
