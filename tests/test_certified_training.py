@@ -69,6 +69,15 @@ def test_radii_of_the_training_images_grow(weights, toy, tmp_path):
     assert not torch.equal(tuned.prototypes, weights.prototypes)
 
 
+def test_power_of_the_hinge(weights, toy, tmp_path):
+    def loss(power):
+        still = CertifiedTraining(epochs=1, learning_rate=1e-12, latent_learning_rate=1e-12, margin=1e3, power=power)
+        train_certified(weights, toy, tmp_path / str(power), still, progress=False)
+        return float((tmp_path / str(power) / module.LOG).read_text().splitlines()[1].split(",")[1])
+
+    assert loss(2.0) == pytest.approx(loss(1.0) ** 2, rel=1e-4)
+
+
 def test_training_continues_exactly(weights, toy, tmp_path, stopped_after):
     whole = train_certified(weights, toy, tmp_path / "whole", RECIPE, progress=False)
 
@@ -103,6 +112,7 @@ def test_bad_input(weights, toy, tmp_path):
         ({"epochs": 0}, "epochs: expected at least 1"),
         ({"shift": 4}, "shift: expected 0 to 3 pixels, got 4"),
         ({"margin": 0.0}, "margin: expected a positive number"),
+        ({"power": 0.5}, "power: expected at least 1, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             CertifiedTraining(**settings)

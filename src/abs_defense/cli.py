@@ -75,7 +75,7 @@ def evaluate(
     attack: Annotated[list[str] | None, typer.Option(help="Only this one of the suite; may be repeated.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Not this one of the suite; may be repeated.")] = None,
     add: Annotated[
-        Path | None, typer.Option(help="TOML file with [[models]] and [[attacks]] of your own; see docs/evaluation.md.")
+        Path | None, typer.Option(help=r"TOML file with \[\[models]] and \[\[attacks]] of your own; see docs/evaluation.md.")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
@@ -383,6 +383,7 @@ def train_certified_command(
     learning_rate: Annotated[float, typer.Option(help="Adam's, of the decoders.")] = 1e-4,
     latent_learning_rate: Annotated[float, typer.Option(help="Adam's, of the latents.")] = 3e-3,
     margin: Annotated[float, typer.Option(help="L2 radius up to which a larger one is rewarded.")] = 2.5,
+    power: Annotated[float, typer.Option(help="Of the hinge; above 1, small radii count more.")] = 1.0,
     test: Test = True,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -398,6 +399,7 @@ def train_certified_command(
         learning_rate=learning_rate,
         latent_learning_rate=latent_learning_rate,
         margin=margin,
+        power=power,
         seed=seed,
     )
     card = train_certified_abs(

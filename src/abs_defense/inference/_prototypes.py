@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abs_defense._threads import one_core_each
 from abs_defense.inference._decoder import PIXELS, ClassDecoder
 from abs_defense.inference._energy import energy, kl_divergence
 
@@ -49,10 +50,13 @@ class Prototypes:
     def decode(cls, decoders: Sequence[ClassDecoder], latents: Tensor, beta: float) -> Prototypes:
         """Decode ``(K, L)`` latents with every class's decoder, or ``(C, K, L)`` with their own."""
         images = latents.new_empty(len(decoders), latents.shape[-2], PIXELS)
-        for decoder, z, target in zip(decoders, latents.expand(len(decoders), -1, -1), images, strict=True):
-            for start in range(0, len(z), _DECODE_CHUNK):
-                part = slice(start, start + _DECODE_CHUNK)
-                target[part] = decoder(z[part])
+        own = latents.expand(len(decoders), -1, -1)
+        if latents.device.type == "cpu" and torch.get_num_threads() > 1:
+            with one_core_each(min(len(decoders), torch.get_num_threads())) as pool:
+                list(pool.map(_decode, decoders, own, images))
+        else:
+            for decoder, z, target in zip(decoders, own, images, strict=True):
+                _decode(decoder, z, target)
         offsets = torch.stack([image.square().sum(-1) for image in images]) + beta * kl_divergence(latents)
         return cls(latents, images, offsets)
 
@@ -123,6 +127,12 @@ class Prototypes:
         exact = energy(images.double()[:, None], self.images[c][candidates].double(), latents, beta)
         best = exact.min(dim=1)
         return candidates.gather(1, best.indices[:, None])[:, 0], best.values
+
+
+@torch.no_grad()
+def _decode(decoder: ClassDecoder, latents: Tensor, images: Tensor) -> None:
+    for z, target in zip(latents.split(_DECODE_CHUNK), images.split(_DECODE_CHUNK), strict=True):
+        target.copy_(decoder(z))
 
 
 def _first_kind(candidates: Tensor, rank: Tensor) -> Tensor:

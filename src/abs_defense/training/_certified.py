@@ -42,6 +42,7 @@ class CertifiedTraining:
         learning_rate: of the decoders, falling linearly to zero.
         latent_learning_rate: of the prototypes' latents, likewise.
         margin: radius up to which a larger one is rewarded, in the L2 norm.
+        power: of the hinge; above 1, images with a small or negative radius count more.
         shift: images are moved by up to so many pixels in each direction.
         refresh: steps between decodings of all prototypes; in between, the deciding points are looked for among
             those last decoded, and decoded again.
@@ -56,6 +57,7 @@ class CertifiedTraining:
     learning_rate: float = 1e-4
     latent_learning_rate: float = 3e-3
     margin: float = 2.5
+    power: float = 1.0
     shift: int = 1
     refresh: int = 20
     seed: int = 0
@@ -65,6 +67,8 @@ class CertifiedTraining:
         check_positive(
             learning_rate=self.learning_rate, latent_learning_rate=self.latent_learning_rate, margin=self.margin
         )
+        if not self.power >= 1:
+            raise ValueError(f"power: expected at least 1, got {self.power}")
         if not 0 <= self.shift <= 3:
             raise ValueError(f"shift: expected 0 to 3 pixels, got {self.shift}")
 
@@ -145,7 +149,8 @@ def train_certified(
     """Fine-tune decoders and prototypes so that the bisector radius of the training images grows.
 
     For an image x of class y, a = the point of y with the lowest energy, b = the point of another class that takes x
-    from a with the smallest perturbation, the loss is ``max(0, margin - (E_b(x) - E_a(x)) / (2 ||p_b - p_a||))``.
+    from a with the smallest perturbation, the loss is
+    ``max(0, margin - (E_b(x) - E_a(x)) / (2 ||p_b - p_a||)) ** power``.
     Misclassified images have a negative radius.
 
     After every epoch ``out/checkpoint.pt`` is replaced and ``out/certified.csv`` (epoch, loss, seconds) written; a
@@ -196,7 +201,8 @@ def train_certified(
                 if number % config.refresh == 0:
                     points.refresh()
                 x, y = x.to(device), y.to(device)
-                loss = F.relu(config.margin - points.radii(x, y, *points.deciding(x, y))).mean()
+                short = F.relu(config.margin - points.radii(x, y, *points.deciding(x, y)))
+                loss = short.pow(config.power).mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from abs_defense._checks import check_counts, check_positive
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._memory import reuse_freed_memory
+from abs_defense._threads import one_core_each
 from abs_defense.data import ImageSet
 from abs_defense.models._vae import VAE
 from abs_defense.training._augment import augment, light_augmentation
@@ -228,18 +229,10 @@ def _run_epoch(epoch: int, trainer: _ClassTrainer) -> dict[str, float]:
     return trainer.run_epoch(epoch)
 
 
-@contextlib.contextmanager
-def _pool(workers: int | None, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute on one core of the CPU; torch's number of threads is put back."""
-    threads = torch.get_num_threads()
-    on_cpu = device.type == "cpu"
-    count = workers if workers is not None else (threads if on_cpu else 1)
-    initializer = partial(torch.set_num_threads, 1) if on_cpu else None
-    try:
-        with ThreadPoolExecutor(count, initializer=initializer) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
+def _pool(workers: int | None, device: torch.device) -> contextlib.AbstractContextManager[ThreadPoolExecutor]:
+    if device.type == "cpu":
+        return one_core_each(workers or torch.get_num_threads())
+    return ThreadPoolExecutor(workers or 1)
 
 
 def _digest(vaes: Sequence[VAE]) -> str:
