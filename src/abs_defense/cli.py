@@ -75,7 +75,8 @@ def evaluate(
     attack: Annotated[list[str] | None, typer.Option(help="Only this one of the suite; may be repeated.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Not this one of the suite; may be repeated.")] = None,
     add: Annotated[
-        Path | None, typer.Option(help=r"TOML file with \[\[models]] and \[\[attacks]] of your own; see docs/evaluation.md.")
+        Path | None,
+        typer.Option(help=r"TOML file with \[\[models]] and \[\[attacks]] of your own; see docs/evaluation.md."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
