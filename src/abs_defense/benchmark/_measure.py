@@ -22,7 +22,7 @@ from abs_defense.models import ABS, Classifier, device_of, state_sha256
 
 OnQueries = Callable[[int], None]
 _FINITE_DIFFERENCE_CHUNK = 1568
-_PROBE_IMAGES = 8
+_PROBE_IMAGES = 20
 
 
 def measure(

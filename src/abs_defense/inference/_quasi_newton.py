@@ -13,7 +13,7 @@ from abs_defense.inference._decoder import ClassDecoder
 from abs_defense.inference._descent import project_to_ball
 from abs_defense.inference._pairs import Pairs
 
-TRIAL_STEPS = 1
+_PROMISING = 1.0
 _LONGEST_STEP = 1.0
 _LARGEST_TRUST = 2.0
 _SHRINK = 0.35
@@ -75,8 +75,9 @@ def minimise(
 ) -> tuple[Tensor, Tensor]:
     """Minimise E_c(x) over the latents by BFGS in the ball ||z|| <= radius.
 
-    Each (image, class) makes ``TRIAL_STEPS`` steps from every start, goes on from the best, and stops when the model
-    of its energy promises less than 0.03 nats; that last step is still made, without a gradient at its end.
+    Each (image, class) makes one step from every start whose model promises an energy within 1 nat of the lowest
+    promised, goes on from the best of these, and stops when the model promises to gain less than 0.03 nats; that last
+    step is still made, without a gradient at its end.
     Steps that raise the energy are taken back and their length cut; the inverse Hessian starts from ``curvature`` and
     is updated with Powell's damping, so it stays positive definite.
 
@@ -85,7 +86,7 @@ def minimise(
         images: x, ``(N, 784)``.
         starts: S starting points, ``(S, C, N, L)``.
         curvature: ``(C, L, L)``, see ``average_curvature``.
-        steps: the most steps of a descent, the trial ones included.
+        steps: the most steps of a descent, the first one included.
         radius: of the ball.
         beta: weight of the KL term.
         contest: if given, classes that it declares lost make only the last step.
@@ -107,14 +108,19 @@ def minimise(
         inverse[pairs.label],
         latents.new_full((len(latents),), _LONGEST_STEP),
     )
-    trials = min(TRIAL_STEPS, max(steps - 1, 0)) if count > 1 else 0
-    for _ in range(trials):
-        walk = problem.step(walk, problem.move(walk), every)
-    best = walk.energy.view(classes, count, number).argmin(1)
+    first = int(count > 1 and steps > 1)
+    tried = walk.energy
+    if first:
+        move = problem.move(walk)
+        promised = (walk.energy - _promise(walk.gradient, move)).view(classes, count, number)
+        rows = (promised <= promised.amin(1, keepdim=True) + _PROMISING).flatten().nonzero()[:, 0]
+        walk.put(rows, problem.step(walk.at(rows), move[rows], rows))
+        tried = torch.full_like(walk.energy, torch.inf).index_copy(0, rows, walk.energy[rows])
+    best = tried.view(classes, count, number).argmin(1)
     rows = (every.view(classes, count, number).gather(1, best[:, None])).flatten()
     final = walk.at(rows)
     active = torch.arange(len(rows), device=images.device)
-    for step in range(trials, steps - 1):
+    for step in range(first, steps - 1):
         move = problem.move(final.at(active))
         promising = _promise(final.gradient[active], move) > _TOLERANCE
         active, move = active[promising], move[promising]
