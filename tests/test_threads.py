@@ -4,6 +4,7 @@ import threading
 
 import torch
 
+from abs_defense import ABS
 from abs_defense._threads import one_core_each
 
 
@@ -25,6 +26,18 @@ def test_one_thread_inside_as_many_as_before_outside():
             thread.start()
             thread.join()
             assert fresh == [3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_prototypes_are_the_same_on_one_core_and_on_several():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ABS(prototypes=40).prototype_images
+        torch.set_num_threads(3)
+        assert torch.allclose(ABS(prototypes=40).prototype_images, alone, rtol=0, atol=1e-6)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
