@@ -14,6 +14,7 @@ import time
 
 import foolbox as fb
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from abs_defense import ABS, BinaryABS
@@ -26,19 +27,24 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
-def alignment(model: torch.nn.Module, x: Tensor, y: Tensor, directions: int = 100, width: float = 1e-3) -> Tensor:
-    """Correlation, over random directions, of the gradient's slope and the slope that is measured."""
+def directions(x: Tensor, count: int, width: float) -> Tensor:
+    """Random directions ``(count, N, 1, 28, 28)`` that keep the images in the box."""
+    u = torch.randn((count, *x.shape), generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    return u * ((x > 10 * width) & (x < 1 - 10 * width))
+
+
+def measured_slopes(model: torch.nn.Module, x: Tensor, y: Tensor, u: Tensor, width: float) -> Tensor:
+    """Central differences of the margin along the directions, ``(count, N)``."""
+    with torch.no_grad():
+        shifted = torch.stack([x + width * u, x - width * u]).flatten(0, 2)
+        margins = margin(model(shifted), y.repeat(2 * len(u))).view(2, len(u), len(x))
+    return (margins[0] - margins[1]) / (2 * width)
+
+
+def slopes_of_gradient(model: torch.nn.Module, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
     live = x.clone().requires_grad_()
-    gradient = torch.autograd.grad(margin(model(live), y).sum(), live)[0]
-    generator = torch.Generator().manual_seed(0)
-    said, measured = [], []
-    for _ in range(directions):
-        u = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        u = u * ((x > 10 * width) & (x < 1 - 10 * width))
-        said.append((gradient * u).flatten(1).sum(1))
-        with torch.no_grad():
-            measured.append((margin(model(x + width * u), y) - margin(model(x - width * u), y)) / (2 * width))
-    return torch.cosine_similarity(torch.stack(said), torch.stack(measured), dim=0)
+    (gradient,) = torch.autograd.grad(margin(model(live), y).sum(), live)
+    return (gradient * u).flatten(2).sum(2)
 
 
 def main() -> None:
@@ -60,9 +66,16 @@ def main() -> None:
         exact["envelope, bfgs"] = kind(args.weights, solver="bfgs")
         if kind is ABS:
             n = args.alignment_images
+            few, width = x[:n].double(), 1e-3
+            u = directions(few, 100, width)
+            measured = {}
             for name, model in exact.items():
-                cosine = alignment(model.double(), x[:n].double(), y[:n])
-                print(f"{name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}")
+                model.double()
+                solver = model.settings.solver
+                if solver not in measured:
+                    measured[solver] = measured_slopes(model, few, y[:n], u, width)
+                cosine = F.cosine_similarity(slopes_of_gradient(model, few, y[:n], u), measured[solver], dim=0)
+                print(f"{name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}", flush=True)
                 model.float()
         foolbox_models = {g: fb.PyTorchModel(m, bounds=(0, 1), device="cpu") for g, m in exact.items()}
         plain = foolbox_models["envelope"]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from abs_defense import ABS, BinaryABS
 from abs_defense.attacks import PointwiseAttack
-from abs_defense.inference import ClassDecoder, _infer, decisions_only, listen
+from abs_defense.inference import ClassDecoder, JointDecoder, _infer, decisions_only, listen
 
 SETTINGS = [(ABS, "adam"), (ABS, "bfgs"), (BinaryABS, "adam"), (BinaryABS, "bfgs")]
 
@@ -30,13 +30,14 @@ def images(digits, random_images):
 def decoded(monkeypatch):
     """How many latents were decoded with their gradient so far."""
     count = [0]
-    pullback = ClassDecoder.pullback
+    pullback = ClassDecoder._pullback
 
     def counted(self, latents, gradient):
-        count[0] += len(latents)
+        count[0] += latents.shape[0] * latents.shape[1]
         return pullback(self, latents, gradient)
 
-    monkeypatch.setattr(ClassDecoder, "pullback", counted)
+    for kind in (ClassDecoder, JointDecoder):
+        monkeypatch.setattr(kind, "_pullback", counted)
     return count
 
 

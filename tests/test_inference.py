@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from abs_defense.inference import (
     ClassDecoder,
     InferenceSettings,
+    JointDecoder,
     Prototypes,
     descend,
     energy,
@@ -23,6 +24,7 @@ from abs_defense.inference import (
     sample_latents,
     unrolled_gradient,
 )
+from abs_defense.inference._pairs import Pairs
 from abs_defense.models import VAE, fold_decoders
 
 SETTINGS = InferenceSettings(steps=5, lr=0.05, radius=5.0, beta=1.0)
@@ -79,6 +81,8 @@ def test_class_decoder_equals_transposed_convolutions(random_stack, latent_dim, 
     assert expected.std() > 0.05
     for decoder, z, images in zip(stack.class_decoders(), latents, expected, strict=True):
         assert_close(decoder(z), images.flatten(1), rtol=0, atol=tolerance)
+    joint = JointDecoder(stack.class_decoders())
+    assert_close(joint(latents), expected.flatten(2), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -101,6 +105,42 @@ def test_squared_error_gradient_equals_autograd(random_stack, latent_dim, widths
     for decoder, z, gradient in zip(stack.class_decoders(), latents.detach(), expected, strict=True):
         actual = decoder.squared_error_gradient(z, images)
         assert_close(actual, gradient, rtol=1e-10, atol=1e-10 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("own_images", [True, False])
+def test_joint_decoder_equals_class_after_class(random_stack, count, own_images):
+    decoders = random_stack(3, 8, widths=(8, 6, 5)).class_decoders()
+    latents, images = normal(3, count, 8), flat_images(3 * count).view(3, count, -1)
+    if not own_images:
+        images = images[0]
+    errors, slopes = JointDecoder(decoders).squared_error_and_gradient(latents, images)
+    expected = [
+        decoder.squared_error_and_gradient(z, x)
+        for decoder, z, x in zip(decoders, latents, images.expand(3, -1, -1), strict=True)
+    ]
+    assert_close(errors, torch.stack([e for e, _ in expected]), rtol=1e-12, atol=0)
+    assert_close(slopes, torch.stack([s for _, s in expected]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [1], [0, 4, 5], [0, 1, 5], [2, 3]])
+def test_pairs_are_computed_together_as_class_by_class(random_stack, monkeypatch, rows):
+    decoders, images = random_stack(3, 8, widths=(3, 2, 2)).class_decoders(), flat_images(2)
+    pairs, rows = Pairs.of_all(decoders, images, 0.7), torch.tensor(rows)
+    latents = normal(len(rows), 8)
+    found = []
+    for together in (True, False):
+        monkeypatch.setattr(JointDecoder, "is_faster", staticmethod(lambda counts, together=together: together))
+        found.append([*pairs.energy_and_gradient(latents, rows), pairs.energy(latents, rows)])
+    for together, alone in zip(*found, strict=True):
+        assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_joint_decoding_pays_for_few_images_of_many_classes():
+    assert JointDecoder.is_faster([1] * 10)
+    assert not JointDecoder.is_faster([50] * 10)
+    assert not JointDecoder.is_faster([6] + [0] * 9)
+    assert not JointDecoder.is_faster([0] * 10)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])

@@ -1,7 +1,7 @@
 """Latent inference: from images to energies, latents and reconstructions. Knows no labels and no attacks."""
 
 from abs_defense.inference._decide import decisions_only, only_decisions_wanted
-from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack
+from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack, JointDecoder
 from abs_defense.inference._descent import adam_in_ball, descend, project_to_ball
 from abs_defense.inference._energy import energy, kl_divergence
 from abs_defense.inference._infer import (
@@ -24,6 +24,7 @@ __all__ = [
     "DecoderStack",
     "Inference",
     "InferenceSettings",
+    "JointDecoder",
     "Observation",
     "Prototypes",
     "Solver",

@@ -8,7 +8,7 @@ and knows the decoder's derivative, so that latent descent needs no autograd gra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ PIXELS = 784
 KERNELS = (4, 5, 5, 4)
 STRIDES = (1, 2, 2, 1)
 _LOG2_E = math.log2(math.e)
+# Measured on a CPU, in units of what one more latent costs.
+_COST_OF_CALL = 5.0
+_COST_OF_JOINT_CALL = 7.0
+_COST_OF_JOINT_DECODING = 1.5
 
 
 class DecoderStack(nn.Module):
@@ -104,47 +108,88 @@ def _readable(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
 
 
-class ClassDecoder:
-    """One class's decoder: ``(N, L)`` latents to ``(N, 784)`` images in (0, 1), with its derivative.
+class _Decoders:
+    """The rearranged weights of G classes, and what is computed with them: ``(G, N, L)`` latents to ``(G, N, 784)``
+    images in (0, 1), with their derivative.
 
     The first layer acts on one pixel and is a matrix product. A transposed convolution of stride 2 writes each of the
     four pixel parities ("phases") with taps of its own, so it is a 3x3 convolution of stride 1 to four times the
-    channels. The last layer works on phases too: a matrix product to 9 taps x 4 phases, and nine shifted sums.
+    channels, in G groups. The last layer works on phases too: a matrix product to 9 taps x 4 phases, and nine shifted
+    sums. Between them the channels come last, class after class.
 
     All operations are differentiable, so the same code is unrolled when somebody wants gradients through the descent.
     """
 
+    w0: Tensor
+    b0: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w1_adjoint: Tensor
+    w2_adjoint: Tensor
+    w3: Tensor
+    w3_adjoint: Tensor
+    b3: Tensor
+
+    def _forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        g, n = latents.shape[:2]
+        h0 = _elu(torch.baddbmm(self.b0, latents, self.w0)).view(g, n, 16, -1).permute(1, 2, 0, 3).reshape(n, 4, 4, -1)
+        h1 = _elu(_convolve(h0, self.w1, g, self.b1, padding=2))
+        image = _phases_to_pixels(h1, g)[:, :11, :11]
+        h2 = _elu(_convolve(image, self.w2, g, self.b2, padding=2))
+        _clear_pixel_25(h2, g)
+        taps = (h2.view(n * 169, g, -1).transpose(0, 1) @ self.w3).view(g, n, 13, 13, 3, 3, 2, 2)
+        sums = taps.new_zeros(g, n, 15, 15, 2, 2)
+        for i in range(3):
+            for j in range(3):
+                sums[:, :, i : i + 13, j : j + 13] += taps[:, :, :, :, i, j]
+        pixels = sums[:, :, :14, :14].permute(0, 1, 2, 4, 3, 5).reshape(g, n, PIXELS)
+        return torch.sigmoid(pixels + self.b3), (h0, h1, h2)
+
+    def _pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        decoded, (h0, h1, h2) = self._forward(latents)
+        g, n = decoded.shape[:2]
+        grad = _sigmoid_backward(gradient(decoded), decoded)
+        grad = grad.view(g, n, 14, 2, 14, 2).permute(1, 2, 4, 0, 3, 5).reshape(n, 14, 14, 4 * g)
+        grad = _elu_backward(_convolve(F.pad(grad, (0, 0, 0, 1, 0, 1)), self.w3_adjoint, g), h2)
+        _clear_pixel_25(grad, g)
+        grad = _convolve(grad, self.w2_adjoint, g)
+        grad = _elu_backward(_pixels_to_phases(F.pad(grad, (0, 0, 0, 1, 0, 1)), g), h1)
+        grad = _elu_backward(_convolve(grad, self.w1_adjoint, g), h0)
+        return grad.view(n, 16, g, -1).permute(2, 0, 1, 3).reshape(g, n, -1) @ self.w0.transpose(1, 2)
+
+    def _squared_error_and_gradient(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        errors = []
+
+        def gradient(decoded: Tensor) -> Tensor:
+            difference = decoded - images
+            errors.append(difference.square().sum(-1))
+            return 2.0 * difference
+
+        slope = self._pullback(latents, gradient)
+        return errors[0], slope
+
+
+class ClassDecoder(_Decoders):
+    """One class's decoder: ``(N, L)`` latents to ``(N, 784)`` images in (0, 1), with its derivative."""
+
     def __init__(self, weights: list[Tensor], biases: list[Tensor]) -> None:
         w0, w1, w2, w3 = weights
         b0, b1, b2, b3 = biases
-        self.w0 = w0.permute(0, 2, 3, 1).reshape(w0.shape[0], -1).contiguous()
-        self.b0 = b0.repeat(KERNELS[0] ** 2)
+        self.w0 = w0.permute(0, 2, 3, 1).reshape(1, w0.shape[0], -1).contiguous()
+        self.b0 = b0.repeat(KERNELS[0] ** 2)[None, None]
         self.w1, self.b1 = _channels_last(_phase_weight(w1)), b1.repeat(4)
         self.w2, self.b2 = _channels_last(_phase_weight(w2)), b2.repeat(4)
         self.w1_adjoint = _channels_last(self.w1.flip(2, 3).transpose(0, 1))
         self.w2_adjoint = _channels_last(self.w2.flip(2, 3).transpose(0, 1))
         taps = _last_layer_taps(w3)
-        self.w3 = taps.reshape(taps.shape[0], -1)
+        self.w3 = taps.reshape(1, taps.shape[0], -1)
         self.w3_adjoint = _channels_last(taps.permute(0, 3, 1, 2))
-        self.b3 = b3
+        self.b3 = b3[None, None]
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self._forward(latents)[0]
-
-    def _forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        n = len(latents)
-        h0 = _elu(torch.addmm(self.b0, latents, self.w0)).view(n, 4, 4, -1)
-        h1 = _elu(F.conv2d(h0.permute(0, 3, 1, 2), self.w1, self.b1, padding=2)).permute(0, 2, 3, 1)
-        image = _phases_to_pixels(h1)[:, :11, :11]
-        h2 = _elu(F.conv2d(image.permute(0, 3, 1, 2), self.w2, self.b2, padding=2)).permute(0, 2, 3, 1)
-        _clear_pixel_25(h2)
-        taps = (h2.reshape(n * 169, -1) @ self.w3).view(n, 13, 13, 3, 3, 2, 2)
-        sums = taps.new_zeros(n, 15, 15, 2, 2)
-        for i in range(3):
-            for j in range(3):
-                sums[:, i : i + 13, j : j + 13] += taps[:, :, :, i, j]
-        pixels = sums[:, :14, :14].permute(0, 1, 3, 2, 4).reshape(n, PIXELS)
-        return torch.sigmoid(pixels + self.b3), (h0, h1, h2)
+        return self._forward(latents[None])[0][0]
 
     def squared_error_gradient(self, latents: Tensor, images: Tensor) -> Tensor:
         """d/dz ||G(z) - x||^2: ``(N, L), (N, 784) -> (N, L)``."""
@@ -152,29 +197,49 @@ class ClassDecoder:
 
     def squared_error_and_gradient(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """||G(z) - x||^2 and its derivative: ``(N, L), (N, 784) -> (N,), (N, L)``."""
-        errors = []
-
-        def gradient(decoded: Tensor) -> Tensor:
-            difference = decoded - images
-            errors.append(difference.square().sum(1))
-            return 2.0 * difference
-
-        slope = self.pullback(latents, gradient)
-        return errors[0], slope
+        errors, slopes = self._squared_error_and_gradient(latents[None], images)
+        return errors[0], slopes[0]
 
     def pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         """d/dz f(G(z)) for the ``gradient`` df/dG, a function of the decoded images: ``(N, L) -> (N, L)``."""
-        decoded, (h0, h1, h2) = self._forward(latents)
-        n = len(decoded)
-        grad = _sigmoid_backward(gradient(decoded), decoded)
-        grad = grad.view(n, 14, 2, 14, 2).permute(0, 2, 4, 1, 3).reshape(n, 4, 14, 14)
-        grad = F.pad(grad, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
-        grad = _elu_backward(F.conv2d(grad, self.w3_adjoint).permute(0, 2, 3, 1), h2)
-        _clear_pixel_25(grad)
-        grad = F.conv2d(grad.permute(0, 3, 1, 2), self.w2_adjoint).permute(0, 2, 3, 1)
-        grad = _elu_backward(_pixels_to_phases(F.pad(grad, (0, 0, 0, 1, 0, 1))), h1)
-        grad = _elu_backward(F.conv2d(grad.permute(0, 3, 1, 2), self.w1_adjoint).permute(0, 2, 3, 1), h0)
-        return grad.reshape(n, -1) @ self.w0.T
+        return self._pullback(latents[None], lambda decoded: gradient(decoded[0])[None])[0]
+
+
+class JointDecoder(_Decoders):
+    """The decoders of G classes in one pass: ``(G, N, L)`` latents to ``(G, N, 784)`` images, with the derivative.
+
+    For a few images up to three times as fast as class by class, because there the calls are what costs; for many
+    slower, because the activations of all classes do not fit in a CPU's cache.
+    """
+
+    def __init__(self, decoders: Sequence[ClassDecoder]) -> None:
+        for name in _Decoders.__annotations__:
+            setattr(self, name, torch.cat([getattr(decoder, name) for decoder in decoders]))
+
+    @classmethod
+    def of(cls, decoders: Sequence[ClassDecoder]) -> JointDecoder | None:
+        """None where there is nothing to join, or decoders of another kind."""
+        joinable = len(decoders) > 1 and all(isinstance(decoder, ClassDecoder) for decoder in decoders)
+        return cls(decoders) if joinable else None
+
+    @staticmethod
+    def is_faster(counts: Sequence[int]) -> bool:
+        """Whether one pass is faster than one a class, for so many latents of each class: the largest count is what
+        each takes part with."""
+        one_pass = _COST_OF_JOINT_CALL + _COST_OF_JOINT_DECODING * len(counts) * max(counts)
+        return one_pass < sum(_COST_OF_CALL + count for count in counts if count)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self._forward(latents)[0]
+
+    def squared_error_and_gradient(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """||G(z) - x||^2 and its derivative: ``(G, N, L), (N, 784) or (G, N, 784) -> (G, N), (G, N, L)``."""
+        return self._squared_error_and_gradient(latents, images)
+
+
+def _convolve(image: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None, *, padding: int = 0) -> Tensor:
+    """A convolution of images whose channels come last, ``(N, height, width, channels)``."""
+    return F.conv2d(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
 
 
 def _elu(a: Tensor) -> Tensor:
@@ -230,21 +295,21 @@ def _last_layer_taps(weight: Tensor) -> Tensor:
     return taps.reshape(4 * inputs, 3, 3, 4)
 
 
-def _phases_to_pixels(phases: Tensor) -> Tensor:
+def _phases_to_pixels(phases: Tensor, groups: int) -> Tensor:
     n, height, width, channels = phases.shape
-    split = phases.reshape(n, height, width, 2, 2, channels // 4).permute(0, 1, 3, 2, 4, 5)
+    split = phases.reshape(n, height, width, groups, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6)
     return split.reshape(n, 2 * height, 2 * width, channels // 4)
 
 
-def _pixels_to_phases(pixels: Tensor) -> Tensor:
+def _pixels_to_phases(pixels: Tensor, groups: int) -> Tensor:
     n, height, width, channels = pixels.shape
-    split = pixels.reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 2, 4, 5)
+    split = pixels.reshape(n, height // 2, 2, width // 2, 2, groups, -1).permute(0, 1, 3, 5, 2, 4, 6)
     return split.reshape(n, height // 2, width // 2, 4 * channels)
 
 
-def _clear_pixel_25(phases: Tensor) -> None:
+def _clear_pixel_25(phases: Tensor, groups: int) -> None:
     """Zero, in place, the 26th row and column that thirteen pairs have more than the 25 pixels of the third layer."""
     n, height, width, channels = phases.shape
-    view = phases.view(n, height, width, 2, 2, channels // 4)
-    view[:, -1, :, 1] = 0.0
-    view[:, :, -1, :, 1] = 0.0
+    view = phases.view(n, height, width, groups, 2, 2, channels // (4 * groups))
+    view[:, -1, :, :, 1] = 0.0
+    view[:, :, -1, :, :, 1] = 0.0

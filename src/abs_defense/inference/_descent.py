@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abs_defense.inference._decide import Contest
-from abs_defense.inference._decoder import PIXELS, ClassDecoder
+from abs_defense.inference._decoder import PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._pairs import Pairs
 
 ADAM_BETAS = (0.9, 0.999)
@@ -52,9 +52,14 @@ def descend(
         ``(C, N, L)``.
     """
 
+    joint = JointDecoder.of(decoders) if JointDecoder.is_faster([len(images)] * len(decoders)) else None
+
     def gradient(z: Tensor) -> Tensor:
-        errors = [decoder.squared_error_gradient(part, images) for decoder, part in zip(decoders, z, strict=True)]
-        return (torch.stack(errors) + beta * z) / PIXELS
+        if joint is not None:
+            errors = joint.squared_error_and_gradient(z, images)[1]
+        else:
+            errors = torch.stack([d.squared_error_gradient(part, images) for d, part in zip(decoders, z, strict=True)])
+        return (errors + beta * z) / PIXELS
 
     return adam_in_ball(gradient, latents, steps=steps, lr=lr, radius=radius)
 

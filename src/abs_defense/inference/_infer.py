@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abs_defense.inference._decide import Contest
-from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder
+from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._descent import descend, descend_while_open
 from abs_defense.inference._energy import energy
 from abs_defense.inference._pairs import Pairs
@@ -76,6 +76,9 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _decode(decoders: Sequence[ClassDecoder], latents: Tensor) -> Tensor:
     """G_c(z): ``(C, N, L) -> (C, N, 784)``."""
+    joint = JointDecoder.of(decoders) if JointDecoder.is_faster([latents.shape[1]] * len(decoders)) else None
+    if joint is not None:
+        return joint(latents)
     return torch.stack([decoder(z) for decoder, z in zip(decoders, latents, strict=True)])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from abs_defense.inference._decoder import ClassDecoder
+from abs_defense.inference._decoder import ClassDecoder, JointDecoder
 from abs_defense.inference._energy import kl_divergence
 
 _CHUNK_CPU = 64
@@ -25,6 +26,7 @@ class Pairs:
         label: the class of each pair, ``(P,)``, ascending.
         image: the image of each pair, ``(P,)``.
         beta: weight of the KL term.
+        joint: the same decoders in one pass, if they can be joined.
     """
 
     decoders: Sequence[ClassDecoder]
@@ -32,6 +34,7 @@ class Pairs:
     label: Tensor
     image: Tensor
     beta: float
+    joint: JointDecoder | None = None
 
     @classmethod
     def of_all(cls, decoders: Sequence[ClassDecoder], images: Tensor, beta: float, starts: int = 1) -> Pairs:
@@ -39,29 +42,64 @@ class Pairs:
         number = len(images)
         label = torch.arange(len(decoders), device=images.device).repeat_interleave(starts * number)
         image = torch.arange(number, device=images.device).repeat(len(decoders) * starts)
-        return cls(decoders, images, label, image, beta)
+        return cls(decoders, images, label, image, beta, JointDecoder.of(decoders))
 
     def energy_and_gradient(self, latents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """E and dE/dz at the latents of the pairs ``rows``, which are in ascending order: ``(R,), (R, L)``."""
-        energy, gradient = torch.empty_like(latents[:, 0]), torch.empty_like(latents)
-        for decoder, part in self._parts(rows):
-            x = self.images[self.image[rows[part]]]
-            energy[part], gradient[part] = decoder.squared_error_and_gradient(latents[part], x)
+        counts = self._counts(rows)
+        if self.joint is not None and JointDecoder.is_faster(counts):
+            table = _Table(counts, self.label[rows])
+            errors, slopes = self.joint.squared_error_and_gradient(table.of(latents), table.of(self._images(rows)))
+            energy, gradient = table.rows(errors), table.rows(slopes)
+        else:
+            energy, gradient = torch.empty_like(latents[:, 0]), torch.empty_like(latents)
+            for decoder, part in self._parts(counts):
+                x = self._images(rows[part])
+                energy[part], gradient[part] = decoder.squared_error_and_gradient(latents[part], x)
         return energy + self.beta * kl_divergence(latents), gradient + self.beta * latents
 
     def energy(self, latents: Tensor, rows: Tensor) -> Tensor:
         """E at the latents of the pairs ``rows``, which are in ascending order: ``(R,)``."""
-        energy = torch.empty_like(latents[:, 0])
-        for decoder, part in self._parts(rows):
-            energy[part] = (decoder(latents[part]) - self.images[self.image[rows[part]]]).square().sum(1)
+        counts = self._counts(rows)
+        if self.joint is not None and JointDecoder.is_faster(counts):
+            table = _Table(counts, self.label[rows])
+            decoded = table.rows(self.joint(table.of(latents)))
+            energy = (decoded - self._images(rows)).square().sum(1)
+        else:
+            energy = torch.empty_like(latents[:, 0])
+            for decoder, part in self._parts(counts):
+                energy[part] = (decoder(latents[part]) - self._images(rows[part])).square().sum(1)
         return energy + self.beta * kl_divergence(latents)
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[ClassDecoder, slice]]:
+    def _images(self, rows: Tensor) -> Tensor:
+        return self.images[self.image[rows]]
+
+    def _counts(self, rows: Tensor) -> list[int]:
+        """How many of the rows are of each class."""
+        counts: list[int] = torch.bincount(self.label[rows], minlength=len(self.decoders)).tolist()
+        return counts
+
+    def _parts(self, counts: Sequence[int]) -> Iterator[tuple[ClassDecoder, slice]]:
         """The rows of one class after the other, a few at a time."""
-        chunk = _CHUNK_CUDA if rows.is_cuda else _CHUNK_CPU
-        counts = torch.bincount(self.label[rows], minlength=len(self.decoders)).tolist()
+        chunk = _CHUNK_CUDA if self.images.is_cuda else _CHUNK_CPU
         start = 0
         for decoder, number in zip(self.decoders, counts, strict=True):
             for first in range(start, start + number, chunk):
                 yield decoder, slice(first, min(first + chunk, start + number))
             start += number
+
+
+class _Table:
+    """R rows, sorted by class, as a table ``(C, largest count, ...)``; what is left free there is zero."""
+
+    def __init__(self, counts: Sequence[int], label: Tensor) -> None:
+        self.shape = (len(counts), max(counts))
+        starts = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=label.device)
+        self.place = label * self.shape[1] + torch.arange(len(label), device=label.device) - starts[label]
+
+    def of(self, values: Tensor) -> Tensor:
+        table = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return table.index_copy_(0, self.place, values).view(*self.shape, *values.shape[1:])
+
+    def rows(self, table: Tensor) -> Tensor:
+        return table.flatten(0, 1)[self.place]
