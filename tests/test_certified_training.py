@@ -112,6 +112,7 @@ def test_bad_input(weights, toy, tmp_path):
         ({"epochs": 0}, "epochs: expected at least 1"),
         ({"shift": 4}, "shift: expected 0 to 3 pixels, got 4"),
         ({"margin": 0.0}, "margin: expected a positive number"),
+        ({"augment": 1.5}, "augment: expected a probability between 0 and 1, got 1.5"),
         ({"power": 0.5}, "power: expected at least 1, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):

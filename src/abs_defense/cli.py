@@ -385,6 +385,7 @@ def train_certified_command(
     latent_learning_rate: Annotated[float, typer.Option(help="Adam's, of the latents.")] = 3e-3,
     margin: Annotated[float, typer.Option(help="L2 radius up to which a larger one is rewarded.")] = 2.5,
     power: Annotated[float, typer.Option(help="Of the hinge; above 1, small radii count more.")] = 1.0,
+    augment: Annotated[float, typer.Option(help="Probability of each kind of augmentation; 0 for none.")] = 0.0,
     test: Test = True,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -401,6 +402,7 @@ def train_certified_command(
         latent_learning_rate=latent_learning_rate,
         margin=margin,
         power=power,
+        augment=augment,
         seed=seed,
     )
     card = train_certified_abs(

@@ -21,6 +21,7 @@ from abs_defense.certificates import certify
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, DecoderStack, kl_divergence
 from abs_defense.models import Weights, load_model, save_weights, state_sha256
+from abs_defense.training._augment import augment, light_augmentation
 from abs_defense.training._card import write_card
 from abs_defense.training._checkpoint import load_checkpoint, save_checkpoint
 
@@ -44,6 +45,7 @@ class CertifiedTraining:
         margin: radius up to which a larger one is rewarded, in the L2 norm.
         power: of the hinge; above 1, images with a small or negative radius count more.
         shift: images are moved by up to so many pixels in each direction.
+        augment: probability of each kind of light augmentation (zoom, shear, skew, elastic distortion) for an image.
         refresh: steps between decodings of all prototypes; in between, the deciding points are looked for among
             those last decoded, and decoded again.
         seed: of order and shifts.
@@ -59,6 +61,7 @@ class CertifiedTraining:
     margin: float = 2.5
     power: float = 1.0
     shift: int = 1
+    augment: float = 0.0
     refresh: int = 20
     seed: int = 0
 
@@ -71,6 +74,8 @@ class CertifiedTraining:
             raise ValueError(f"power: expected at least 1, got {self.power}")
         if not 0 <= self.shift <= 3:
             raise ValueError(f"shift: expected 0 to 3 pixels, got {self.shift}")
+        if not 0.0 <= self.augment <= 1.0:
+            raise ValueError(f"augment: expected a probability between 0 and 1, got {self.augment}")
 
 
 class _Points(nn.Module):
@@ -275,11 +280,14 @@ def _figures(path: Path, test: ImageSet, device: str | torch.device, progress: b
 
 
 def _batches(data: ImageSet, config: CertifiedTraining, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat images, shifted, with their labels."""
+    """Flat images, augmented and shifted, with their labels."""
+    pipeline = light_augmentation(config.augment) if config.augment else None
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data), generator=generator)
-    for rows in order[: steps * config.batch_size].tensor_split(steps):
+    for number, rows in enumerate(order[: steps * config.batch_size].tensor_split(steps)):
         x = data.images[rows].clone()
+        if pipeline is not None:
+            x = augment(x, pipeline, seed=(config.seed * 1_000_003 + epoch) * steps + number)
         moves = torch.randint(-config.shift, config.shift + 1, (len(rows), 2), generator=generator)
         for move in moves.unique(dim=0):
             moved = (moves == move).all(1)
