@@ -4,7 +4,7 @@
 
 The first table has the cosine between each gradient and central finite differences of the logits' margin on clean
 images (in double precision, along 100 random directions); a gradient that is zero or points elsewhere is masked. The
-second has the attack; with 15 steps DDN finds nothing.
+second has the attack; with 15 steps DDN finds nothing. Where no solver is named it is the default one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ from torch import Tensor
 from abs_defense import ABS, BinaryABS
 from abs_defense.attacks import FiniteDifferenceModel, L2BisectorAttack, QueryCounter, RandomDirectionModel
 from abs_defense.data import foolbox_digits, load_idx_dataset
+
+KINDS = {"abs": ABS, "binary-abs": BinaryABS}
+GRADIENTS = [
+    "envelope",
+    "envelope, Adam",
+    "unrolled, Adam",
+    "random directions",
+    "finite differences",
+    "none: bisector",
+]
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,17 +64,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10)
     parser.add_argument("--alignment-images", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--directions", type=int, default=32)
+    parser.add_argument("--directions", type=int, default=16)
+    parser.add_argument("--model", choices=KINDS, action="append", help="default: both")
+    parser.add_argument("--gradient", choices=GRADIENTS, action="append", help="default: all")
     parser.add_argument("--finite-difference-images", type=int, default=0, help="784 pixels x steps queries each")
     args = parser.parse_args()
     data = (foolbox_digits() if args.data_dir is None else load_idx_dataset(args.data_dir)).head(args.images)
     x, y = data.images, data.labels
     print(f"{data.name}, {len(x)} images, DDN with {args.steps} steps")
 
-    for kind in (ABS, BinaryABS):
-        exact = {g: kind(args.weights, gradient=g, solver="adam") for g in ("envelope", "unrolled")}
-        exact["envelope, bfgs"] = kind(args.weights, solver="bfgs")
-        if kind is ABS:
+    wanted = args.gradient or GRADIENTS
+    for kind in (KINDS[name] for name in args.model or KINDS):
+        exact = {
+            "envelope": kind(args.weights),
+            "envelope, Adam": kind(args.weights, solver="adam"),
+            "unrolled, Adam": kind(args.weights, gradient="unrolled"),
+        }
+        exact = {name: model for name, model in exact.items() if name in wanted}
+        if kind is ABS and args.alignment_images and exact:
             n = args.alignment_images
             few, width = x[:n].double(), 1e-3
             u = directions(few, 100, width)
@@ -78,9 +95,9 @@ def main() -> None:
                 print(f"{name}: cosine with measured slopes {cosine.mean():.4f}, least {cosine.min():.4f}", flush=True)
                 model.float()
         foolbox_models = {g: fb.PyTorchModel(m, bounds=(0, 1), device="cpu") for g, m in exact.items()}
-        plain = foolbox_models["envelope"]
+        plain = fb.PyTorchModel(kind(args.weights), bounds=(0, 1), device="cpu")
         print(f"{kind.__name__:26s}    found  median L2  queries  gradients  seconds")
-        for name in (*exact, "random directions", "finite differences", "none: bisector attack"):
+        for name in wanted:
             count = args.finite_difference_images if name == "finite differences" else len(x)
             if not count:
                 continue
@@ -90,7 +107,7 @@ def main() -> None:
                 attacked = RandomDirectionModel(counter, directions=args.directions)
             if name == "finite differences":
                 attacked = FiniteDifferenceModel(counter)
-            attack = L2BisectorAttack() if name.startswith("none") else fb.attacks.DDNAttack(steps=args.steps)
+            attack = L2BisectorAttack() if name == "none: bisector" else fb.attacks.DDNAttack(steps=args.steps)
             started = time.perf_counter()
             adversarials, _, success = attack(attacked, x[:count], y[:count], epsilons=None)
             seconds = time.perf_counter() - started
