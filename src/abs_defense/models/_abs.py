@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from abs_defense.inference import (
     somebody_listens,
     unrolled_gradient,
 )
-from abs_defense.models._classifier import Classifier
+from abs_defense.models._classifier import Classifier, device_of
 from abs_defense.models._images import BINARY_THRESHOLD, check_images
 from abs_defense.models._weights import Weights, load_weights
 
@@ -106,13 +107,14 @@ class ABS(Classifier):
             solver = "adam" if gradient == "unrolled" else "bfgs"
         _check_settings(steps=steps, lr=lr, radius=radius, beta=beta, solver=solver, gradient=gradient)
         loaded = weights if isinstance(weights, Weights) else load_weights(weights)
-        self.decoders = loaded.decoders
+        self.decoders = copy.deepcopy(loaded.decoders)  # moving one model moves no other
         self.settings = InferenceSettings(steps=steps, lr=lr, radius=radius, beta=beta, solver=solver)
         self.gradient: Gradient = gradient
         self.seed = seed
         self._register_calibration(loaded)
         latents = _prototype_latents(prototypes, self.num_classes, self.latent_dim, seed)
         self.register_buffer("prototype_latents", latents, persistent=False)
+        self.to(device_of(self.decoders))
         for name in ("prototype_images", "prototype_offsets", "curvature"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._decode_prototypes()
