@@ -12,9 +12,10 @@ from abs_defense.cli import app
 from abs_defense.data import load_idx_dataset
 from abs_defense.inference import DecoderStack
 from abs_defense.models import Calibration, Weights, load_weights, save_weights
-from abs_defense.training import CertifiedTraining, choose_prototypes, train_certified
+from abs_defense.training import CertifiedTraining, average_certified_abs, choose_prototypes, train_certified
 from abs_defense.training import _certified as module
 
+KINDS = ("weight", "bias")
 RECIPE = CertifiedTraining(epochs=3, batch_size=24, learning_rate=1e-3, latent_learning_rate=1e-2, refresh=2)
 
 
@@ -134,3 +135,42 @@ def test_command(weights, tmp_path):
     test = load_idx_dataset(folder, "test")
     radius = certify(model, test.images, test.labels).radius
     assert card["test_figures"]["mean certified radius, L2"] == pytest.approx(float(radius.mean()), abs=1e-3)
+
+
+def test_average(weights, tmp_path):
+    folder = write_toy_set(tmp_path / "data", per_class=24, classes=3)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    other = Weights(
+        DecoderStack(*([2.0 * getattr(weights.decoders, f"{kind}_{i}").detach() for i in range(4)] for kind in KINDS)),
+        Calibration(1.0, 0.0, (1.0,) * 3),
+        weights.prototypes + 1.0,
+    )
+    for path, one in zip(files, (weights, other), strict=True):
+        save_weights(path, one)
+    arguments = ["train", "certified-average", *map(str, files), "--share", "0.75", "--share", "0.25"]
+    outcome = CliRunner().invoke(app, [*arguments, "--data-dir", str(folder), "--out", str(tmp_path / "out")])
+    assert outcome.exit_code == 0, outcome.output
+    mean = load_weights(tmp_path / "out" / "certified.safetensors")
+    torch.testing.assert_close(mean.decoders.weight_1, 1.25 * weights.decoders.weight_1)
+    torch.testing.assert_close(mean.prototypes, weights.prototypes + 0.25, rtol=0, atol=2e-3)
+    assert mean.calibration == weights.calibration
+    card = json.loads((tmp_path / "out" / "certified.json").read_text())
+    assert card["recipe"]["shares"] == [0.75, 0.25]
+    assert card["test_figures"]["mean certified radius, L2"] > 0
+
+
+def test_averages_that_make_no_sense(weights, tmp_path):
+    save_weights(tmp_path / "a.safetensors", weights)
+    save_weights(
+        tmp_path / "few.safetensors", Weights(weights.decoders, weights.calibration, weights.prototypes[:, :4])
+    )
+    save_weights(tmp_path / "none.safetensors", Weights(weights.decoders, weights.calibration))
+    a = tmp_path / "a.safetensors"
+    for other in ("few", "none"):
+        with pytest.raises(ValueError, match=f"expected .*{other}.* and .*a.* to have as many proto"):
+            average_certified_abs([a, tmp_path / f"{other}.safetensors"], tmp_path / "out", progress=False)
+    for shares in ([1.0], [0.5, 0.4]):
+        with pytest.raises(ValueError, match="shares: expected one for each of 2 weights, with sum 1, got"):
+            average_certified_abs([a, a], tmp_path / "out", shares=shares, progress=False)
+    with pytest.raises(ValueError, match="expected weights to average, got none"):
+        average_certified_abs([], tmp_path / "out", progress=False)

@@ -417,6 +417,31 @@ def train_certified_command(
     Console().print_json(json.dumps(card))
 
 
+@train_app.command("certified-average")
+def train_certified_average_command(
+    weights: Annotated[list[str], typer.Argument(help="Files of train certified that continue one another.")],
+    share: Annotated[
+        list[float] | None, typer.Option(help="Of each file, in order, with sum 1; default: equal.")
+    ] = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder for weights and card.")] = Path("certified-average"),
+    test: Test = True,
+    device: Device = "cpu",
+) -> None:
+    """The mean of fine-tunings for certified radii, of decoders and prototypes."""
+    from abs_defense.training import average_certified_abs
+
+    card = average_certified_abs(
+        weights,
+        out,
+        shares=share,
+        test=_all_test_images(data_dir) if test else None,
+        device=_device(device),
+        command=_command(),
+    )
+    Console().print_json(json.dumps(card))
+
+
 def _train_baseline(
     name: str, data_dir: Path | None, download: bool, out: Path | None, device: str, test: bool, **settings: Any
 ) -> None:

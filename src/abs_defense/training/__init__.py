@@ -9,7 +9,12 @@ from abs_defense.training._baselines import (
     train_network,
 )
 from abs_defense.training._calibrate import calibrate, calibrate_confidence, calibrate_gamma, class_energies
-from abs_defense.training._certified import CertifiedTraining, train_certified, train_certified_abs
+from abs_defense.training._certified import (
+    CertifiedTraining,
+    average_certified_abs,
+    train_certified,
+    train_certified_abs,
+)
 from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._run import average_abs, load_vaes, train_abs
 from abs_defense.training._vaes import VAETraining, train_vaes
@@ -21,6 +26,7 @@ __all__ = [
     "VAETraining",
     "accuracy",
     "average_abs",
+    "average_certified_abs",
     "calibrate",
     "calibrate_confidence",
     "calibrate_gamma",

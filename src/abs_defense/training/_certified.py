@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from abs_defense._memory import reuse_freed_memory
 from abs_defense.certificates import certify
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, DecoderStack, kl_divergence
-from abs_defense.models import Weights, load_model, save_weights, state_sha256
+from abs_defense.models import Weights, load_model, load_weights, save_weights, state_sha256
 from abs_defense.training._augment import augment, light_augmentation
 from abs_defense.training._card import write_card
 from abs_defense.training._checkpoint import load_checkpoint, save_checkpoint
+from abs_defense.training._mean import mean_weights
 
 WEIGHTS = "certified.safetensors"
 LOG = "certified.csv"
+_NAME = "ABS without latent descent, decoders and prototypes fine-tuned for certified radii"
 _BETA = 1.0
 _DECODE_CHUNK = 256
 _TINY = 1e-6
@@ -257,11 +259,58 @@ def train_certified_abs(
     return write_card(
         path,
         command,
-        name="ABS without latent descent, decoders and prototypes fine-tuned for certified radii",
+        name=_NAME,
         data=train.name,
         data_sha256=train.sha256(),
         recipe=asdict(config),
         start_sha256=state_sha256(_Points(weights)),
+        test_figures=None if test is None else _figures(path, test, device, progress),
+    )
+
+
+def average_certified_abs(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    shares: Sequence[float] | None = None,
+    test: ImageSet | None = None,
+    device: str | torch.device = "cpu",
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The weighted mean of the decoders and prototypes of fine-tunings that continue one another, or started from the
+    same weights; ``certified.safetensors`` and its card in ``out``. Between two of different margins or powers, the
+    shares choose a point on the trade-off between clean accuracy and large radii.
+
+    Args:
+        sources: weights with prototypes in the same order.
+        out: folder; made if missing.
+        shares: of each of the sources, with sum 1; None for equal ones.
+        test: if given, clean accuracy and proved radii of all of it go into the card.
+        device: where to compute these.
+        command: the command line, for the card.
+        progress: show a progress bar.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: no sources, ones of different classes, architectures or numbers of prototypes, or shares that
+            don't fit.
+        FileNotFoundError: no such weights.
+        OSError: the folder cannot be written.
+    """
+    mean = mean_weights(sources, shares, prototypes=True)
+    path = require_writable_folder(out) / WEIGHTS
+    save_weights(path, mean)
+    return write_card(
+        path,
+        command,
+        name=_NAME,
+        recipe={
+            "mean of": [state_sha256(_Points(load_weights(source))) for source in sources],
+            "shares": None if shares is None else list(shares),
+        },
         test_figures=None if test is None else _figures(path, test, device, progress),
     )
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense.data import ImageSet
 from abs_defense.inference import DecoderStack
-from abs_defense.inference._decoder import KERNELS
 from abs_defense.models import (
     VAE,
     Calibration,
@@ -33,6 +32,7 @@ from abs_defense.models import (
 from abs_defense.models._weights import sha256
 from abs_defense.training._calibrate import calibrate, class_energies
 from abs_defense.training._card import write_card
+from abs_defense.training._mean import mean_weights
 from abs_defense.training._prototypes import choose_prototypes
 from abs_defense.training._vaes import VAETraining, train_vaes
 
@@ -134,24 +134,13 @@ def average_abs(
         FileNotFoundError: no such weights.
         OSError: the folder cannot be written.
     """
-    stacks = [load_weights(source).decoders for source in sources]
-    if not stacks:
-        raise ValueError("sources: expected weights to average, got none")
-    shapes = [{name: tuple(value.shape) for name, value in stack.state_dict().items()} for stack in stacks]
-    for source, shape in zip(sources, shapes, strict=True):
-        if shape != shapes[0]:
-            raise ValueError(f"sources: {source} and {sources[0]} have other classes or another architecture")
-
-    def mean(name: str) -> Tensor:
-        return torch.stack([stack.get_parameter(name) for stack in stacks]).mean(0)
-
-    layers = range(len(KERNELS))
-    decoders = DecoderStack([mean(f"weight_{i}") for i in layers], [mean(f"bias_{i}") for i in layers])
+    decoders = mean_weights(sources).decoders
+    parts = [state_sha256(load_weights(source).decoders) for source in sources]
     return _finish(
         require_writable_folder(out),
         decoders,
         train,
-        {"recipe": {"mean of": [state_sha256(stack) for stack in stacks], "seed": seed}, "init": None},
+        {"recipe": {"mean of": parts, "seed": seed}, "init": None},
         test=test,
         calibration_images=calibration_images,
         prototypes=prototypes,
