@@ -28,9 +28,11 @@ from abs_defense.attacks import (
     QueryCounter,
     QueryLimitExceededError,
     RandomDirectionModel,
+    SnappedAttack,
     StartedAttack,
     register,
 )
+from abs_defense.attacks._pointwise import _salt_and_pepper
 from abs_defense.inference import listen, publish
 
 ABS_ATTACKS = {
@@ -45,11 +47,13 @@ EPSILON_SEARCH = {
         fb.attacks.L2BasicIterativeAttack(steps=5), (0.5, 1, 2, 4, 8, 16), binary_search_steps=4
     )
 }
-ATTACKS = ABS_ATTACKS | POINTWISE | EPSILON_SEARCH
+SNAPPED = {"snapped": SnappedAttack(EPSILON_SEARCH["epsilon-search"])}
+ATTACKS = ABS_ATTACKS | POINTWISE | EPSILON_SEARCH | SNAPPED
 ABS_MODELS = ("abs", "binary", "prototype")
 CELLS = [(attack, model) for attack in ABS_ATTACKS for model in ABS_MODELS]
 CELLS += [(attack, model) for attack in POINTWISE for model in ("linear", "cnn", *ABS_MODELS)]
 CELLS += [(attack, model) for attack in EPSILON_SEARCH for model in ("cnn", "prototype")]
+CELLS += [(attack, model) for attack in SNAPPED for model in ("cnn", "binary")]
 
 
 class Linear(nn.Module):
@@ -545,8 +549,9 @@ def test_finished_images_are_not_queried_again(modules, images, attack, name):
     _, _, success = ATTACKS[attack](counter, images, labels, epsilons=None)
     assert success.all()
     assert counter.queries.sum() == pytest.approx(sum(passed))
-    # As it is, at the end, and two constant images shared by three.
-    assert counter.queries[0] == pytest.approx(2 + 2 / 3 if attack in ABS_ATTACKS else 2)
+    # As it is, at the end; two constant images shared by three; as it is, for the attack inside.
+    more = 2 / 3 if attack in ABS_ATTACKS else 1 if attack in SNAPPED else 0
+    assert counter.queries[0] == pytest.approx(2 + more)
     assert (counter.queries[1:] > counter.queries[0] + 4).all()
 
 
@@ -682,6 +687,28 @@ def test_pointwise_l2_moves_on_from_the_l0_result(models, images):
     l0, _, _ = PointwiseAttack()(models["cnn"], images, labels, epsilons=None)
     l2, _, _ = PointwiseAttack(norm="l2")(models["cnn"], images, labels, epsilons=None)
     assert (fb.distances.l2(images, l2) < fb.distances.l2(images, l0)).all()
+
+
+def test_pointwise_starts_from_the_sparsest_of_several_draws(models, images):
+    """Adversarial is what changed a sum of random weights by more than 2: some noise needs fewer values than others."""
+    image = images[0].flatten().numpy()
+    weights = np.random.default_rng(1).standard_normal(len(image))
+
+    def start(draws, seed):
+        search = _salt_and_pepper(image, models["cnn"], np.random.default_rng(seed), draws)
+        queries, candidate = 0, next(search)
+        while True:
+            queries += 1
+            try:
+                candidate = search.send(abs((candidate - image) @ weights) > 2)
+            except StopIteration as end:
+                return np.count_nonzero(end.value != image), queries
+
+    one, many = ([start(draws, seed) for seed in range(10)] for draws in (1, 20))
+    assert all(few[0] <= first[0] for first, few in zip(one, many, strict=True))
+    assert np.mean([few[0] for few in many]) < 0.5 * np.mean([first[0] for first in one])
+    assert max(queries for _, queries in one) <= 10
+    assert max(queries for _, queries in many) <= 20 * 10
 
 
 def test_pointwise_results_change_with_the_seed(models, images):
@@ -1291,6 +1318,44 @@ def test_transfer_needs_no_gradient_of_the_model(models, images):
 def test_epsilons_to_search_must_be_positive(epsilons):
     with pytest.raises(ValueError, match="epsilons: expected positive numbers"):
         EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), epsilons)
+
+
+@pytest.mark.parametrize("norm", ["l0", "l2", "linf"])
+def test_snapped_changes_are_those_that_a_binary_model_sees(models, images, norm):
+    model = models["binary"]
+    labels = classify(model, images)
+    attack = EpsilonSearchAttack(
+        fb.attacks.LinfBasicIterativeAttack(steps=5, rel_stepsize=0.4), (0.1, 0.3, 0.5, 0.7), binary_search_steps=4
+    )
+    own, _, success = attack(model, images, labels, epsilons=None)
+    snapped, _, still = SnappedAttack(attack)(model, images, labels, epsilons=None)
+    assert success.any()
+    assert torch.equal(success, still)
+    assert torch.equal(snapped[success] > 0.5, own[success] > 0.5)
+    same = (own > 0.5) == (images > 0.5)
+    assert torch.equal(snapped[success][same[success]], images[success][same[success]])
+    assert ((snapped - 0.5).abs()[success][~same[success]] <= 1.01e-3).all()
+    distance = {"l0": L0Distance(), "l2": fb.distances.l2, "linf": fb.distances.linf}[norm]
+    before, after = distance(images[success], own[success]), distance(images[success], snapped[success])
+    assert (after <= before).all()
+    if norm != "linf":
+        assert (after < before).all()
+
+
+def test_snapping_leaves_what_a_model_without_a_threshold_needs(models, images):
+    model = models["cnn"]
+    labels = classify(model, images)
+    attack = EPSILON_SEARCH["epsilon-search"]
+    own, _, success = attack(model, images, labels, epsilons=None)
+    snapped, _, still = SnappedAttack(attack)(model, images, labels, epsilons=None)
+    assert success.any()
+    assert torch.equal(success, still)
+    assert (lengths(attack, images, snapped) <= lengths(attack, images, own)).all()
+
+
+def test_snapping_needs_a_margin():
+    with pytest.raises(ValueError, match="margin: expected a positive number, got 0"):
+        SnappedAttack(fb.attacks.DDNAttack(), margin=0)
 
 
 @pytest.mark.touches_random_state

@@ -1066,7 +1066,7 @@ def test_products_under_autocast_are_as_precise_as_their_error_bound_says(kind, 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_cheap_bounds_of_real_points(kind, models, few):
-    scene = Scene(few[0][:1].flatten(1).double(), "l2", models[kind]._threshold)
+    scene = Scene(few[0][:1].flatten(1).double(), "l2", models[kind].binary_threshold)
     search = FiniteSearch(PointSet.of(models[kind]), scene, int(few[1][0]), 5)
     candidates, anchors = search.candidates(0, 500), search.anchors(0)
     radii, _ = search.refine(0, candidates, slice(0, 300), anchors, every=True)
@@ -1131,7 +1131,7 @@ def test_slack_covers_the_energies_of_the_model(models, random_images, digits):
     images = torch.cat([digits.images, random_images(20)])
     for kind, model in models.items():
         points = PointSet.of(model)
-        seen = seen_by(images.double().flatten(1), model._threshold)
+        seen = seen_by(images.double().flatten(1), model.binary_threshold)
         exact_energies, _ = points.nearest(seen)
         error = (model.infer(images).energy.double() - exact_energies).abs()
         assert (error <= 0.5 * points.slack).all(), kind

@@ -1,6 +1,7 @@
 """Fine-tuning for certified radii."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,15 @@ def test_radii_of_the_training_images_grow(weights, toy, tmp_path):
     assert not torch.equal(tuned.prototypes, weights.prototypes)
 
 
+def test_decoders_may_hold_still(weights, toy, tmp_path):
+    tuned = train_certified(weights, toy, tmp_path, replace(RECIPE, learning_rate=0.0), progress=False)
+    for before, after in zip(weights.decoders.parameters(), tuned.decoders.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert not torch.equal(tuned.prototypes, weights.prototypes)
+    losses = [float(line.split(",")[1]) for line in (tmp_path / module.LOG).read_text().splitlines()[1:]]
+    assert losses[-1] < losses[0]
+
+
 def test_power_of_the_hinge(weights, toy, tmp_path):
     def loss(power):
         still = CertifiedTraining(epochs=1, learning_rate=1e-12, latent_learning_rate=1e-12, margin=1e3, power=power)
@@ -112,6 +122,8 @@ def test_bad_input(weights, toy, tmp_path):
     for settings, message in (
         ({"epochs": 0}, "epochs: expected at least 1"),
         ({"shift": 4}, "shift: expected 0 to 3 pixels, got 4"),
+        ({"learning_rate": -1e-3}, "learning_rate: expected at least 0, got -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected at least 0, got nan"),
         ({"margin": 0.0}, "margin: expected a positive number"),
         ({"augment": 1.5}, "augment: expected a probability between 0 and 1, got 1.5"),
         ({"power": 0.5}, "power: expected at least 1, got 0.5"),

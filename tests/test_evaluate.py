@@ -15,7 +15,7 @@ import pytest
 import torch
 from linear import Linear
 
-from abs_defense import ABS, cli
+from abs_defense import ABS, BinaryABS, cli
 from abs_defense.benchmark import (
     CLEAN,
     DISTAL,
@@ -99,6 +99,26 @@ def test_results_are_true(four, tmp_path):
         np.testing.assert_allclose(distances[right], measured[right], rtol=1e-5)
         assert 5 <= result.arrays["queries"][0] <= 6
         assert result.arrays["gradients"][0] == 4
+
+
+def test_changes_that_a_binary_model_does_not_see_do_not_count(four, tmp_path):
+    def tiny():
+        return BinaryABS(weights=None, prototypes=32, steps=0)
+
+    noise = AttackSpec(
+        "noise",
+        "l2",
+        {"repeats": 20},
+        factory=fb.attacks.L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack,
+        epsilons=(2, 4, 8, 16),
+    )
+    _, result = evaluate([ModelSpec("tiny", tiny)], (CLEAN, noise), four, tmp_path, progress=False)
+    broken = np.isfinite(result.arrays["distances"]) & (result.arrays["distances"] > 0)
+    assert broken.any()
+    images, adversarials = four.images.numpy()[broken], result.arrays["adversarials"][broken]
+    unseen = (images > 0.5) == (adversarials > 0.5)
+    np.testing.assert_array_equal(images[unseen], adversarials[unseen])
+    assert (abs(adversarials[~unseen] - 0.5) <= 1.01e-3).all()
 
 
 def test_finished_pieces_are_not_computed_again(four, tmp_path, monkeypatch):

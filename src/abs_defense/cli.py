@@ -381,7 +381,7 @@ def train_certified_command(
     download: Download = False,
     prototypes: Annotated[int | None, typer.Option(min=1, help="Only the first so many prototypes a class.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
-    learning_rate: Annotated[float, typer.Option(help="Adam's, of the decoders.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, of the decoders; 0 leaves them.")] = 1e-4,
     latent_learning_rate: Annotated[float, typer.Option(help="Adam's, of the latents.")] = 3e-3,
     margin: Annotated[float, typer.Option(help="L2 radius up to which a larger one is rewarded.")] = 2.5,
     power: Annotated[float, typer.Option(help="Of the hinge; above 1, small radii count more.")] = 1.0,

@@ -23,6 +23,7 @@ Search = Generator[Image, bool, Image]
 
 _START_LEVELS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 _START_BISECTIONS = 4
+_START_GAIN = 0.85
 _VALUE_SEARCH_STEPS = 6
 _VALUE_SEARCH_GAIN = 0.01
 
@@ -44,9 +45,9 @@ class PointwiseAttack(ContractAttack):
     Args:
         norm: what is minimised: ``"l0"``, the number of changed values, or ``"l2"``.
         restarts: runs from different starts and in different orders, of which the best counts; 10 in the paper.
-        init_attack: minimisation attack that gives the starting points. By default salt and pepper noise of growing
-            density, drawn anew up to ``start_draws`` times.
-        start_draws: see ``init_attack``; a draw costs at most 10 queries.
+        init_attack: minimisation attack that gives the starting points. By default the sparsest of ``start_draws``
+            draws of salt and pepper noise.
+        start_draws: see ``init_attack``; a draw costs 10 queries at most, and a single one if it is not sparser.
         max_queries: the most queries an image, over all restarts and with the one of the original; those of
             ``init_attack`` are not counted.
         seed: of all random choices. An image's result depends neither on its place in the batch nor on the others.
@@ -61,7 +62,7 @@ class PointwiseAttack(ContractAttack):
         norm: Literal["l0", "l2"] = "l0",
         restarts: int = 1,
         init_attack: MinimizationAttack | None = None,
-        start_draws: int = 5,
+        start_draws: int = 20,
         max_queries: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -218,12 +219,15 @@ def _init_one(attack: MinimizationAttack, model: Model, criterion: Criterion, x:
 def _salt_and_pepper(
     x: Image, model: Model, rng: np.random.Generator, draws: int
 ) -> Generator[Image, bool, Image | None]:
-    """Noise of growing density until it is adversarial, then the least density of it by bisection; or None."""
+    """Noise of growing density until it is adversarial, then the least density of it by bisection; and the same with
+    other noise, if it is adversarial at a density still lower. The sparsest, or None."""
     lower, upper = model.bounds
+    levels: tuple[float, ...] = _START_LEVELS
+    best = None
     for _ in range(draws):
         u = rng.random(len(x))
         noise = np.where(rng.random(len(x)) < 0.5, lower, upper).astype(x.dtype)
-        for sparse, dense in pairwise((0.0, *_START_LEVELS)):
+        for sparse, dense in pairwise((0.0, *levels)):
             start = np.where(u < dense, noise, x)
             if not (yield start):
                 continue
@@ -234,8 +238,9 @@ def _salt_and_pepper(
                     start, dense = candidate, level
                 else:
                     sparse = level
-            return start
-    return None
+            best, levels = start, (_START_GAIN * dense,)
+            break
+    return best
 
 
 def _reset(x: Image, start: Image, rng: np.random.Generator) -> Search:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter
+from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, SnappedAttack
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import NORMS, AttackSpec, CertificateSpec, DistalSpec, Measurement
 from abs_defense.certificates import certify
@@ -125,7 +125,11 @@ def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:
     attacked = (
         FiniteDifferenceModel(counter, chunk=_FINITE_DIFFERENCE_CHUNK) if spec.gradient == "estimated" else counter
     )
-    adversarials, _, _ = spec.make(x.device)(attacked, x, y, epsilons=None)
+    attack = spec.make(x.device)
+    threshold = getattr(model, "binary_threshold", None)
+    if threshold is not None:
+        attack = SnappedAttack(attack, threshold=threshold)
+    adversarials, _, _ = attack(attacked, x, y, epsilons=None)
     with torch.no_grad():
         fooled = model(adversarials).argmax(1) != y
         misclassified = model(x).argmax(1) != y

@@ -264,7 +264,7 @@ PAPER: Sequence[Measurement] = (
         epsilons=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20),
         repeats=20,
     ),
-    _attack("boundary", "l2", BOUNDARY, 5100, steps=5000),
+    _attack("boundary", "l2", BOUNDARY, 25100, steps=25000),
     _attack("pointwise-l2", "l2", L2_POINTWISE, 1200),
     *_with_estimates(_attack("fgm", "l2", fa.L2FastGradientAttack, 24, 12, epsilons=_L2_EPSILONS)),
     *_with_estimates(_attack("l2-deepfool", "l2", fa.L2DeepFoolAttack, 50, 50, steps=50)),

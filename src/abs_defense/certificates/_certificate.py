@@ -124,7 +124,7 @@ def certify(
         out.rival[~correct] = prediction[~correct]
         if out.adversarial is not None:
             out.adversarial[~correct] = x[~correct].double()
-        scene = Scene(x.flatten(1).clamp(0.0, 1.0).double(), norm, model._threshold)
+        scene = Scene(x.flatten(1).clamp(0.0, 1.0).double(), norm, model.binary_threshold)
         points = PointSet.of(model) if finite else None
         with tqdm(total=len(x), desc=f"certify, {method}, {norm}", unit="img", disable=not progress) as bar:
             bar.update(int((~correct).sum()))
@@ -248,7 +248,7 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method != "bisector" and norm != "l2":
         raise ValueError(f"method {method!r} is for norm 'l2', got {norm!r}; 'bisector' serves all norms")
-    if method != "bisector" and model._threshold is not None:
+    if method != "bisector" and model.binary_threshold is not None:
         raise ValueError(f"method {method!r} is for ABS, which sees the image itself; for Binary ABS use 'bisector'")
     if method == "exact" and model.settings.steps:
         raise ValueError(

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,6 @@ class ABS(Classifier):
         FileNotFoundError: no such weights.
     """
 
-    _threshold: ClassVar[float | None] = None
     prototype_latents: Tensor
     prototype_images: Tensor
     prototype_offsets: Tensor
@@ -209,7 +208,7 @@ class ABS(Classifier):
         return Observation(
             images=images.detach().clone(),
             inference=self._inference(energies.detach().clone(), latents),
-            threshold=self._threshold,
+            threshold=self.binary_threshold,
             gamma=self._factors(energies).float(),
             eta=float(self.eta),
         )
@@ -272,7 +271,7 @@ class BinaryABS(ABS):
         gamma: ``(C,)``, a buffer that comes with the weights.
     """
 
-    _threshold = BINARY_THRESHOLD
+    binary_threshold = BINARY_THRESHOLD
     gamma: Tensor
 
     def _register_calibration(self, weights: Weights) -> None:

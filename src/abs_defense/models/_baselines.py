@@ -72,6 +72,8 @@ class CNN(Network):
 class BinaryCNN(CNN):
     """The paper's CNN on images binarised at 0.5. Gradients pass the threshold straight through (BPDA)."""
 
+    binary_threshold = BINARY_THRESHOLD
+
     def see(self, images: Tensor) -> Tensor:
         binary: Tensor = _StraightThrough.apply(images)  # type: ignore[no-untyped-call]
         return binary

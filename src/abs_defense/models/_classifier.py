@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,13 @@ from abs_defense._memory import reuse_freed_memory
 
 
 class Classifier(nn.Module):
-    """A model of ``(N, 1, 28, 28)`` images in [0, 1] that returns ``(N, C)`` logits, ready to be evaluated."""
+    """A model of ``(N, 1, 28, 28)`` images in [0, 1] that returns ``(N, C)`` logits, ready to be evaluated.
+
+    Attributes:
+        binary_threshold: the model sees of each pixel only whether it is brighter than this; None if it sees more.
+    """
+
+    binary_threshold: ClassVar[float | None] = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,8 @@ class CertifiedTraining:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step.
-        learning_rate: of the decoders, falling linearly to zero.
+        learning_rate: of the decoders, falling linearly to zero; 0 leaves them as they are, so that only the choice
+            of prototypes on their manifold is tuned.
         latent_learning_rate: of the prototypes' latents, likewise.
         margin: radius up to which a larger one is rewarded, in the L2 norm.
         power: of the hinge; above 1, images with a small or negative radius count more.
@@ -69,9 +70,9 @@ class CertifiedTraining:
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, batch_size=self.batch_size, refresh=self.refresh)
-        check_positive(
-            learning_rate=self.learning_rate, latent_learning_rate=self.latent_learning_rate, margin=self.margin
-        )
+        check_positive(latent_learning_rate=self.latent_learning_rate, margin=self.margin)
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: expected at least 0, got {self.learning_rate}")
         if not self.power >= 1:
             raise ValueError(f"power: expected at least 1, got {self.power}")
         if not 0 <= self.shift <= 3:
@@ -184,6 +185,7 @@ def train_certified(
         raise ValueError(f"expected images of {weights.decoders.num_classes} classes, got {data.num_classes}")
     folder = require_writable_folder(out)
     points = _Points(weights).to(device)
+    points.stack.requires_grad_(config.learning_rate > 0)
     optimizer = torch.optim.Adam(
         [
             {"params": list(points.stack.parameters()), "lr": config.learning_rate},
