@@ -1,6 +1,6 @@
 """What users wait for, before and after: attacks on foolbox's 20 digits and the quick evaluation, in seconds.
 
-    python benchmarks/end_to_end.py [--model abs] [--images 20] [--authors] [--no-evaluation]
+    python benchmarks/end_to_end.py [--model abs] [--images 20] [--authors] [--attack Pointwise] [--no-evaluation]
 
 Before is the paper's procedure, 50 steps of Adam (``solver="adam"``); with ``--authors`` Pointwise also meets its plain
 form, as the authors wrote it (the other attacks need the latents or gradients, which that does not give). After is the
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="abs", choices=("abs", "binary-abs"))
     parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--attack", choices=ATTACKS, action="append", help="default: all")
     parser.add_argument("--authors", action="store_true", help="also the authors' procedure, of ABS")
     parser.add_argument("--evaluation", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
@@ -55,7 +56,8 @@ def main() -> None:
     models |= {solver: load_model(args.model, solver=solver) for solver in ("adam", "bfgs")}
     print(f"{args.model}, {len(data)} digits, {torch.get_num_threads()} threads")
     print(f"{'':16s} {'procedure':10s} {'seconds':>8s} {'queries':>8s} {'distance':>9s}   (queries an image; medians)")
-    for name, attack in ATTACKS.items():
+    for name in args.attack or ATTACKS:
+        attack = ATTACKS[name]
         for solver, model in models.items():
             if solver == "authors'" and name != "Pointwise":
                 continue

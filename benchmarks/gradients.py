@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abs_defense import ABS, BinaryABS
-from abs_defense.attacks import FiniteDifferenceModel, L2BisectorAttack, QueryCounter, RandomDirectionModel
+from abs_defense.attacks import (
+    FiniteDifferenceModel,
+    L2BisectorAttack,
+    QueryCounter,
+    RandomDirectionModel,
+    snap_to_threshold,
+)
 from abs_defense.data import foolbox_digits, load_idx_dataset
 
 KINDS = {"abs": ABS, "binary-abs": BinaryABS}
@@ -111,6 +117,8 @@ def main() -> None:
             started = time.perf_counter()
             adversarials, _, success = attack(attacked, x[:count], y[:count], epsilons=None)
             seconds = time.perf_counter() - started
+            if kind is BinaryABS:
+                adversarials = snap_to_threshold(x[:count], adversarials)
             distances = fb.distances.l2(x[:count], adversarials)
             distances = torch.where(success, distances, torch.inf)
             print(

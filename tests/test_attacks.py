@@ -28,9 +28,9 @@ from abs_defense.attacks import (
     QueryCounter,
     QueryLimitExceededError,
     RandomDirectionModel,
-    SnappedAttack,
     StartedAttack,
     register,
+    snap_to_threshold,
 )
 from abs_defense.attacks._pointwise import _salt_and_pepper
 from abs_defense.inference import listen, publish
@@ -47,13 +47,11 @@ EPSILON_SEARCH = {
         fb.attacks.L2BasicIterativeAttack(steps=5), (0.5, 1, 2, 4, 8, 16), binary_search_steps=4
     )
 }
-SNAPPED = {"snapped": SnappedAttack(EPSILON_SEARCH["epsilon-search"])}
-ATTACKS = ABS_ATTACKS | POINTWISE | EPSILON_SEARCH | SNAPPED
+ATTACKS = ABS_ATTACKS | POINTWISE | EPSILON_SEARCH
 ABS_MODELS = ("abs", "binary", "prototype")
 CELLS = [(attack, model) for attack in ABS_ATTACKS for model in ABS_MODELS]
 CELLS += [(attack, model) for attack in POINTWISE for model in ("linear", "cnn", *ABS_MODELS)]
 CELLS += [(attack, model) for attack in EPSILON_SEARCH for model in ("cnn", "prototype")]
-CELLS += [(attack, model) for attack in SNAPPED for model in ("cnn", "binary")]
 
 
 class Linear(nn.Module):
@@ -549,9 +547,8 @@ def test_finished_images_are_not_queried_again(modules, images, attack, name):
     _, _, success = ATTACKS[attack](counter, images, labels, epsilons=None)
     assert success.all()
     assert counter.queries.sum() == pytest.approx(sum(passed))
-    # As it is, at the end; two constant images shared by three; as it is, for the attack inside.
-    more = 2 / 3 if attack in ABS_ATTACKS else 1 if attack in SNAPPED else 0
-    assert counter.queries[0] == pytest.approx(2 + more)
+    # As it is, at the end, and two constant images shared by three.
+    assert counter.queries[0] == pytest.approx(2 + 2 / 3 if attack in ABS_ATTACKS else 2)
     assert (counter.queries[1:] > counter.queries[0] + 4).all()
 
 
@@ -694,21 +691,26 @@ def test_pointwise_starts_from_the_sparsest_of_several_draws(models, images):
     image = images[0].flatten().numpy()
     weights = np.random.default_rng(1).standard_normal(len(image))
 
-    def start(draws, seed):
-        search = _salt_and_pepper(image, models["cnn"], np.random.default_rng(seed), draws)
+    def start(draws, seed, budget=None, limit=2.0):
+        search = _salt_and_pepper(image, models["cnn"], np.random.default_rng(seed), draws, budget)
         queries, candidate = 0, next(search)
         while True:
             queries += 1
             try:
-                candidate = search.send(abs((candidate - image) @ weights) > 2)
+                candidate = search.send(abs((candidate - image) @ weights) > limit)
             except StopIteration as end:
-                return np.count_nonzero(end.value != image), queries
+                return None if end.value is None else np.count_nonzero(end.value != image), queries
 
     one, many = ([start(draws, seed) for seed in range(10)] for draws in (1, 20))
     assert all(few[0] <= first[0] for first, few in zip(one, many, strict=True))
     assert np.mean([few[0] for few in many]) < 0.5 * np.mean([first[0] for first in one])
     assert max(queries for _, queries in one) <= 10
-    assert max(queries for _, queries in many) <= 20 * 10
+    assert max(queries for _, queries in many) <= 10 + 19 * 5
+    frugal = [start(20, seed, budget=12) for seed in range(10)]
+    assert all(queries <= 16 for _, queries in frugal)
+    assert all(few[0] <= some[0] for few, some in zip(many, frugal, strict=True))
+    assert start(20, 0, limit=1e6) == (None, 5 * 6)
+    assert start(3, 0, limit=1e6) == (None, 3 * 6)
 
 
 def test_pointwise_results_change_with_the_seed(models, images):
@@ -1320,42 +1322,42 @@ def test_epsilons_to_search_must_be_positive(epsilons):
         EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), epsilons)
 
 
-@pytest.mark.parametrize("norm", ["l0", "l2", "linf"])
-def test_snapped_changes_are_those_that_a_binary_model_sees(models, images, norm):
-    model = models["binary"]
-    labels = classify(model, images)
-    attack = EpsilonSearchAttack(
-        fb.attacks.LinfBasicIterativeAttack(steps=5, rel_stepsize=0.4), (0.1, 0.3, 0.5, 0.7), binary_search_steps=4
-    )
-    own, _, success = attack(model, images, labels, epsilons=None)
-    snapped, _, still = SnappedAttack(attack)(model, images, labels, epsilons=None)
+@pytest.mark.parametrize("bounds", [(0, 1), (-1, 3)])
+def test_snapped_images_look_the_same_to_a_binary_model(modules, images, bounds):
+    lower, upper = bounds
+    model = fb.PyTorchModel(modules["binary"], bounds=(0, 1)).transform_bounds(bounds)
+    x = lower + (upper - lower) * images
+    threshold = lower + (upper - lower) * modules["binary"].binary_threshold
+    labels = classify(model, x)
+    attack = EpsilonSearchAttack(fb.attacks.LinfBasicIterativeAttack(steps=5, rel_stepsize=0.4), (0.4, 1.2, 2.4))
+    found, _, success = attack(model, x, labels, epsilons=None)
+    snapped = snap_to_threshold(x, found, threshold=threshold, margin=1e-3 * (upper - lower))
     assert success.any()
-    assert torch.equal(success, still)
-    assert torch.equal(snapped[success] > 0.5, own[success] > 0.5)
-    same = (own > 0.5) == (images > 0.5)
-    assert torch.equal(snapped[success][same[success]], images[success][same[success]])
-    assert ((snapped - 0.5).abs()[success][~same[success]] <= 1.01e-3).all()
-    distance = {"l0": L0Distance(), "l2": fb.distances.l2, "linf": fb.distances.linf}[norm]
-    before, after = distance(images[success], own[success]), distance(images[success], snapped[success])
-    assert (after <= before).all()
-    if norm != "linf":
-        assert (after < before).all()
+    assert torch.equal(classify(model, snapped), classify(model, found))
+    same = (found > threshold) == (x > threshold)
+    assert torch.equal(snapped[same], x[same])
+    assert ((snapped - threshold).abs()[~same] <= 1.01e-3 * (upper - lower)).all()
+    for distance in (L0Distance(), fb.distances.l1, fb.distances.l2, fb.distances.linf):
+        before, after = distance(x[success], found[success]), distance(x[success], snapped[success])
+        assert (after <= before).all()
+        assert (after < before).any()
+    again = snap_to_threshold(x.numpy(), snapped.numpy(), threshold=threshold, margin=1e-3 * (upper - lower))
+    np.testing.assert_array_equal(again, snapped.numpy())
 
 
-def test_snapping_leaves_what_a_model_without_a_threshold_needs(models, images):
-    model = models["cnn"]
-    labels = classify(model, images)
-    attack = EPSILON_SEARCH["epsilon-search"]
-    own, _, success = attack(model, images, labels, epsilons=None)
-    snapped, _, still = SnappedAttack(attack)(model, images, labels, epsilons=None)
-    assert success.any()
-    assert torch.equal(success, still)
-    assert (lengths(attack, images, snapped) <= lengths(attack, images, own)).all()
+def test_snapping_on_the_threshold():
+    """A pixel of exactly the threshold is dark; one that stopped within the margin stays there."""
+    images = np.array([0.5, 0.5, 0.9, 0.9, 0.1])
+    perturbed = np.array([0.3, 0.8, 0.5, 0.4999, 0.5005])
+    snapped = snap_to_threshold(images, perturbed)
+    np.testing.assert_array_equal(snapped, [0.5, 0.501, 0.5, 0.4999, 0.5005])
 
 
-def test_snapping_needs_a_margin():
+def test_snapping_refuses_what_does_not_fit(images):
     with pytest.raises(ValueError, match="margin: expected a positive number, got 0"):
-        SnappedAttack(fb.attacks.DDNAttack(), margin=0)
+        snap_to_threshold(images, images, margin=0)
+    with pytest.raises(ValueError, match=r"perturbed: expected the shape of the images, \(3, 1, 28, 28\), got \(2,"):
+        snap_to_threshold(images, images[:2])
 
 
 @pytest.mark.touches_random_state

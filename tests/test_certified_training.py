@@ -122,8 +122,8 @@ def test_bad_input(weights, toy, tmp_path):
     for settings, message in (
         ({"epochs": 0}, "epochs: expected at least 1"),
         ({"shift": 4}, "shift: expected 0 to 3 pixels, got 4"),
-        ({"learning_rate": -1e-3}, "learning_rate: expected at least 0, got -0.001"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected at least 0, got nan"),
+        ({"learning_rate": -1e-3}, "learning_rate: expected a finite number, at least 0, got -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number, at least 0, got nan"),
         ({"margin": 0.0}, "margin: expected a positive number"),
         ({"augment": 1.5}, "augment: expected a probability between 0 and 1, got 1.5"),
         ({"power": 0.5}, "power: expected at least 1, got 0.5"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from linear import Linear
 
-from abs_defense import ABS, BinaryABS, cli
+from abs_defense import ABS, cli, load_model
 from abs_defense.benchmark import (
     CLEAN,
     DISTAL,
@@ -51,6 +51,15 @@ FAST = (
     AttackSpec("ddn", "l2", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.DDNAttack),
     AttackSpec("linf-fmn", "linf", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.LInfFMNAttack),
     AttackSpec("l0-fmn", "l0", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.L0FMNAttack),
+)
+
+
+NOISE = AttackSpec(
+    "noise",
+    "l2",
+    {"repeats": 20},
+    factory=fb.attacks.L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack,
+    epsilons=(2, 4, 8, 16),
 )
 
 
@@ -102,23 +111,37 @@ def test_results_are_true(four, tmp_path):
 
 
 def test_changes_that_a_binary_model_does_not_see_do_not_count(four, tmp_path):
-    def tiny():
-        return BinaryABS(weights=None, prototypes=32, steps=0)
-
-    noise = AttackSpec(
-        "noise",
-        "l2",
-        {"repeats": 20},
-        factory=fb.attacks.L2ClippingAwareRepeatedAdditiveGaussianNoiseAttack,
-        epsilons=(2, 4, 8, 16),
-    )
-    _, result = evaluate([ModelSpec("tiny", tiny)], (CLEAN, noise), four, tmp_path, progress=False)
+    _, result = evaluate([our_model("binary-cnn")], (CLEAN, NOISE), four, tmp_path, progress=False)
     broken = np.isfinite(result.arrays["distances"]) & (result.arrays["distances"] > 0)
     assert broken.any()
     images, adversarials = four.images.numpy()[broken], result.arrays["adversarials"][broken]
     unseen = (images > 0.5) == (adversarials > 0.5)
     np.testing.assert_array_equal(images[unseen], adversarials[unseen])
     assert (abs(adversarials[~unseen] - 0.5) <= 1.01e-3).all()
+
+
+def test_a_threshold_given_to_a_model_makes_other_pieces(four, tmp_path):
+    class Binarising(torch.nn.Module):
+        binary_threshold = None
+
+        def __init__(self):
+            super().__init__()
+            self.cnn = load_model("cnn")
+
+        def forward(self, images):
+            return self.cnn((images > 0.5).float())
+
+    class Saying(Binarising):
+        binary_threshold = 0.5
+
+    Saying.__qualname__ = Binarising.__qualname__
+    before, after = (
+        evaluate([ModelSpec("own", kind)], (CLEAN, NOISE), four, tmp_path, progress=False)[1].arrays["distances"]
+        for kind in (Binarising, Saying)
+    )
+    np.testing.assert_array_equal(np.isfinite(before), np.isfinite(after))
+    assert (after <= before).all()
+    assert (after < before).any()
 
 
 def test_finished_pieces_are_not_computed_again(four, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from abs_defense import ABS, BinaryABS, Inference, load_model
 from abs_defense.inference import Prototypes, infer_latents
-from abs_defense.models import MODEL_NAMES, save_weights
+from abs_defense.models import MODEL_NAMES, Clipped, save_weights
 
 MODELS = ("tiny_abs", "tiny_binary", "small_abs", "small_binary", "bfgs_abs", "bfgs_binary")
 
@@ -509,6 +509,19 @@ def test_gamma_multiplies_the_energies(small_abs, small_binary, images):
 def test_gamma_of_the_paper(tiny_binary):
     expected = torch.tensor([1, 0.96, 1.001, 1.06, 0.98, 0.96, 1.03, 1, 1, 1])
     assert_close(tiny_binary.gamma, expected)
+
+
+def test_a_model_binarises_at_the_threshold_that_it_names(random_weights, images):
+    assert ABS(random_weights(3), prototypes=16, steps=0).binary_threshold is None
+    model = BinaryABS(random_weights(3), prototypes=16, steps=0)
+    assert Clipped(model).binary_threshold == model.binary_threshold == 0.5
+    expected = model((images > 0.3).float())
+    model.binary_threshold = 0.3
+    assert_close(model(images), expected)
+    cnn = load_model("binary-cnn")
+    expected = cnn((images > 0.3).float())
+    cnn.binary_threshold = 0.3
+    assert_close(cnn(images), expected)
 
 
 @pytest.mark.parametrize("gradient", ["envelope", "unrolled"])

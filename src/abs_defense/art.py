@@ -244,7 +244,7 @@ class Pointwise(_FoolboxAttack):
 
     Args:
         estimator: an ART classifier.
-        norm, restarts, max_queries, seed: see ``PointwiseAttack``.
+        norm, restarts, start_draws, max_queries, seed: see ``PointwiseAttack``.
         targeted: whether ``y`` are the classes to reach.
         batch_size: images attacked at once.
         verbose: show a progress bar.
@@ -258,6 +258,7 @@ class Pointwise(_FoolboxAttack):
         *_FoolboxAttack.attack_params,
         "norm",
         "restarts",
+        "start_draws",
         "max_queries",
         "seed",
     ]
@@ -268,6 +269,7 @@ class Pointwise(_FoolboxAttack):
         *,
         norm: Literal["l0", "l2"] = "l0",
         restarts: int = 1,
+        start_draws: int = 20,
         max_queries: int | None = None,
         seed: int = 0,
         targeted: bool = False,
@@ -281,12 +283,19 @@ class Pointwise(_FoolboxAttack):
             verbose=verbose,
             norm=norm,
             restarts=restarts,
+            start_draws=start_draws,
             max_queries=max_queries,
             seed=seed,
         )
 
     def _attack(self) -> MinimizationAttack:
-        return PointwiseAttack(norm=self.norm, restarts=self.restarts, max_queries=self.max_queries, seed=self.seed)
+        return PointwiseAttack(
+            norm=self.norm,
+            restarts=self.restarts,
+            start_draws=self.start_draws,
+            max_queries=self.max_queries,
+            seed=self.seed,
+        )
 
     def generate(self, x: Array, y: Array | None = None, **kwargs: Any) -> Array:
         """Adversarial images; those for which none was found come back as they are.

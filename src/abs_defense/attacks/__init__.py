@@ -10,7 +10,7 @@ from abs_defense.attacks._latent_descent import LatentDescentAttack
 from abs_defense.attacks._pointwise import PointwiseAttack
 from abs_defense.attacks._queries import QueryCounter, QueryLimitExceededError
 from abs_defense.attacks._register import register
-from abs_defense.attacks._snapped import SnappedAttack
+from abs_defense.attacks._snapped import snap_to_threshold
 
 __all__ = [
     "ARTAttack",
@@ -26,7 +26,7 @@ __all__ = [
     "QueryCounter",
     "QueryLimitExceededError",
     "RandomDirectionModel",
-    "SnappedAttack",
     "StartedAttack",
     "register",
+    "snap_to_threshold",
 ]

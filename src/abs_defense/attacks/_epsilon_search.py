@@ -17,7 +17,7 @@ from abs_defense._checks import check_counts
 from abs_defense.attacks._base import ContractAttack, Oracle, Rows, query_rows, some_images
 
 
-class Delegating(ContractAttack):
+class _Delegating(ContractAttack):
     """An attack that runs another one, and may be as random as that."""
 
     attack: FixedEpsilonAttack | MinimizationAttack
@@ -32,7 +32,7 @@ class Delegating(ContractAttack):
         return MinimizationAttack.repeat(self, times)
 
 
-class EpsilonSearchAttack(Delegating):
+class EpsilonSearchAttack(_Delegating):
     """Makes a minimisation attack of an attack that needs an epsilon, which foolbox has no way to do.
 
     The epsilons are tried in ascending order, each on the images for which no smaller one succeeded; then the size of
@@ -68,7 +68,7 @@ class EpsilonSearchAttack(Delegating):
         self.binary_search_steps = binary_search_steps
 
     def _perturb(self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None) -> ep.Tensor:
-        x = detached(x)
+        x = _detached(x)
         oracle = Oracle(model, criterion, x)
         result, open_rows = x, np.flatnonzero(~oracle.clean)
         found: list[Rows] = [np.empty(0, dtype=np.int64)]
@@ -100,7 +100,7 @@ class EpsilonSearchAttack(Delegating):
         return ep.index_update(result, rows, outer)
 
 
-class StartedAttack(Delegating):
+class StartedAttack(_Delegating):
     """Runs an attack that needs adversarial starting points on those images for which there is one; the others fail.
 
     Foolbox's Boundary, HopSkipJump and Brendel-Bethge attacks give up the whole batch where one image has none.
@@ -120,7 +120,7 @@ class StartedAttack(Delegating):
     def _perturb(
         self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None, **kwargs: Any
     ) -> ep.Tensor:
-        x = detached(x)
+        x = _detached(x)
         oracle = Oracle(model, criterion, x)
         rows = np.flatnonzero(~oracle.clean)
         if not len(rows):
@@ -143,6 +143,5 @@ class StartedAttack(Delegating):
         return ep.index_update(x, rows, perturbed)
 
 
-def detached(x: ep.Tensor) -> ep.Tensor:
-    """The same values without a graph."""
+def _detached(x: ep.Tensor) -> ep.Tensor:
     return ep.astensor(x.raw.detach()) if isinstance(x, ep.PyTorchTensor) else x

@@ -24,6 +24,7 @@ Search = Generator[Image, bool, Image]
 _START_LEVELS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 _START_BISECTIONS = 4
 _START_GAIN = 0.85
+_HOPELESS_DRAWS = 5
 _VALUE_SEARCH_STEPS = 6
 _VALUE_SEARCH_GAIN = 0.01
 
@@ -47,7 +48,9 @@ class PointwiseAttack(ContractAttack):
         restarts: runs from different starts and in different orders, of which the best counts; 10 in the paper.
         init_attack: minimisation attack that gives the starting points. By default the sparsest of ``start_draws``
             draws of salt and pepper noise.
-        start_draws: see ``init_attack``; a draw costs 10 queries at most, and a single one if it is not sparser.
+        start_draws: see ``init_attack``. The first adversarial draw costs 10 queries at most, a later one 5 if it is
+            sparser by 15 % and else a single one; no more than a quarter of ``max_queries`` goes into them. After 5
+            draws without an adversarial the restart is given up.
         max_queries: the most queries an image, over all restarts and with the one of the original; those of
             ``init_attack`` are not counted.
         seed: of all random choices. An image's result depends neither on its place in the batch nor on the others.
@@ -148,7 +151,8 @@ class PointwiseAttack(ContractAttack):
         for restart in range(self.restarts):
             rng = np.random.default_rng([self.seed, restart])
             if start is None:
-                point = yield from _salt_and_pepper(x, model, rng, self.start_draws)
+                budget = None if self.max_queries is None else self.max_queries // (4 * self.restarts)
+                point = yield from _salt_and_pepper(x, model, rng, self.start_draws, budget)
             else:
                 point = start if restart or (yield start) else None
             if point is None:
@@ -217,20 +221,24 @@ def _init_one(attack: MinimizationAttack, model: Model, criterion: Criterion, x:
 
 
 def _salt_and_pepper(
-    x: Image, model: Model, rng: np.random.Generator, draws: int
+    x: Image, model: Model, rng: np.random.Generator, draws: int, budget: int | None
 ) -> Generator[Image, bool, Image | None]:
-    """Noise of growing density until it is adversarial, then the least density of it by bisection; and the same with
-    other noise, if it is adversarial at a density still lower. The sparsest, or None."""
+    """Noise of growing density until it is adversarial, then the least density of it by bisection; then other noise, as
+    long as less than ``budget`` is spent, if it is adversarial at a density still lower. The sparsest, or None."""
     lower, upper = model.bounds
     levels: tuple[float, ...] = _START_LEVELS
-    best = None
-    for _ in range(draws):
+    best, queries = None, 0
+    for draw in range(draws):
+        if draw == _HOPELESS_DRAWS if best is None else budget is not None and queries >= budget:
+            break
         u = rng.random(len(x))
         noise = np.where(rng.random(len(x)) < 0.5, lower, upper).astype(x.dtype)
         for sparse, dense in pairwise((0.0, *levels)):
             start = np.where(u < dense, noise, x)
+            queries += 1
             if not (yield start):
                 continue
+            queries += _START_BISECTIONS
             for _ in range(_START_BISECTIONS):
                 level = (sparse + dense) / 2
                 candidate = np.where(u < level, noise, x)

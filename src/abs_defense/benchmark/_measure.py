@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, SnappedAttack
+from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, snap_to_threshold
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import NORMS, AttackSpec, CertificateSpec, DistalSpec, Measurement
 from abs_defense.certificates import certify
@@ -32,7 +32,7 @@ def measure(
 
     - clean: ``predictions``, ``confidences``;
     - attacks: ``distances`` (0 for images that are misclassified as they are, infinity where the attack failed),
-      ``adversarials``;
+      ``adversarials``, which for a model with ``binary_threshold`` went through ``snap_to_threshold``;
     - certificates: ``radius``, ``correct``, ``rival``, ``proved``;
     - distal adversarials: ``adversarials``, ``confidences``, ``predictions``, ``fooled``; a row a noise image;
     - all: ``queries`` and ``gradients`` of the model, an image.
@@ -54,8 +54,11 @@ def measure(
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What a result of a model depends on: kind, settings, hash of the weights."""
+    """What a result of a model depends on: kind, settings, threshold if it binarises its input, hash of the weights."""
     kind: dict[str, Any] = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
+    threshold = getattr(model, "binary_threshold", None)
+    if threshold is not None:
+        kind["binary_threshold"] = threshold
     if isinstance(model, Classifier):
         kind |= model.describe()
     return {**kind, "weights_sha256": state_sha256(model)}
@@ -125,14 +128,15 @@ def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:
     attacked = (
         FiniteDifferenceModel(counter, chunk=_FINITE_DIFFERENCE_CHUNK) if spec.gradient == "estimated" else counter
     )
-    attack = spec.make(x.device)
+    adversarials, _, _ = spec.make(x.device)(attacked, x, y, epsilons=None)
     threshold = getattr(model, "binary_threshold", None)
-    if threshold is not None:
-        attack = SnappedAttack(attack, threshold=threshold)
-    adversarials, _, _ = attack(attacked, x, y, epsilons=None)
     with torch.no_grad():
         fooled = model(adversarials).argmax(1) != y
         misclassified = model(x).argmax(1) != y
+        if threshold is not None:
+            snapped = snap_to_threshold(x, adversarials, threshold=threshold)
+            still = fooled & (model(snapped).argmax(1) != y)
+            adversarials = torch.where(still[:, None, None, None], snapped, adversarials)
     distances = NORMS[spec.norm].distance(x, adversarials)
     distances = torch.where(fooled, distances, torch.inf)
     distances = torch.where(misclassified, 0.0, distances)

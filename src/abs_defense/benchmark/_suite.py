@@ -246,8 +246,8 @@ QUICK: Sequence[Measurement] = (
     _attack("l0-bisector", "l0", L0BisectorAttack, 10, models=ABS_NAMES, steps=8, rivals=1),
     _attack("l0-fmn", "l0", fa.L0FMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
     # Gradients through a threshold mislead; nearest neighbour is slow.
-    _attack("pointwise-l2", "l2", L2_POINTWISE, 350, models=("cnn", "binary-cnn", "madry", "other")),
-    _attack("pointwise", "l0", PointwiseAttack, 300, models=("cnn", "binary-cnn", "madry", "other")),
+    _attack("pointwise-l2", "l2", L2_POINTWISE, 350, models=("cnn", "binary-cnn", "madry", "other"), start_draws=20),
+    _attack("pointwise", "l0", PointwiseAttack, 300, models=("cnn", "binary-cnn", "madry", "other"), start_draws=20),
     CertificateSpec("bisector-l2", "l2", models=PROTOTYPE_NAMES),
     replace(DISTAL, settings={"steps": 25}, images=3),
 )
@@ -265,7 +265,7 @@ PAPER: Sequence[Measurement] = (
         repeats=20,
     ),
     _attack("boundary", "l2", BOUNDARY, 25100, steps=25000),
-    _attack("pointwise-l2", "l2", L2_POINTWISE, 1200),
+    _attack("pointwise-l2", "l2", L2_POINTWISE, 1200, start_draws=20),
     *_with_estimates(_attack("fgm", "l2", fa.L2FastGradientAttack, 24, 12, epsilons=_L2_EPSILONS)),
     *_with_estimates(_attack("l2-deepfool", "l2", fa.L2DeepFoolAttack, 50, 50, steps=50)),
     *_with_estimates(_attack("l2-bim", "l2", fa.L2BasicIterativeAttack, 130, 120, epsilons=_L2_EPSILONS)),
@@ -278,7 +278,7 @@ PAPER: Sequence[Measurement] = (
     *_with_estimates(_attack("mim", "linf", fa.MIFGSM, 130, 120, epsilons=_LINF_EPSILONS)),
     # L0
     _attack("salt-and-pepper", "l0", fa.SaltAndPepperNoiseAttack, 500, steps=500),
-    _attack("pointwise", "l0", PointwiseAttack, 1800, restarts=10),
+    _attack("pointwise", "l0", PointwiseAttack, 1800, restarts=10, start_draws=20),
     DISTAL,
 )
 

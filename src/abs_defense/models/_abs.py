@@ -243,11 +243,11 @@ class ABS(Classifier):
         return from_pretrained(cls, source, **kwargs)
 
     def _flatten(self, images: Tensor) -> Tensor:
-        return self._see(images.detach()).flatten(1).to(self._dtype).clone()
-
-    def _see(self, images: Tensor) -> Tensor:
-        """What the VAEs see of the images."""
-        return images
+        """What the VAEs see of the images, ``(N, 784)``."""
+        seen = images.detach()
+        if self.binary_threshold is not None:
+            seen = (seen > self.binary_threshold).to(seen.dtype)
+        return seen.flatten(1).to(self._dtype).clone()
 
     def _factors(self, like: Tensor) -> Tensor:
         """The factors by which ``_scale`` multiplies, ``(C,)``."""
@@ -277,9 +277,6 @@ class BinaryABS(ABS):
     def _register_calibration(self, weights: Weights) -> None:
         super()._register_calibration(weights)
         self.register_buffer("gamma", torch.tensor(weights.calibration.gamma, dtype=torch.float32))
-
-    def _see(self, images: Tensor) -> Tensor:
-        return (images > BINARY_THRESHOLD).to(images.dtype)
 
     def _scale(self, energies: Tensor) -> Tensor:
         return energies * self.gamma.to(energies.dtype).clone()  # autograd keeps no tensor of inference mode

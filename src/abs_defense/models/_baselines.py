@@ -75,18 +75,18 @@ class BinaryCNN(CNN):
     binary_threshold = BINARY_THRESHOLD
 
     def see(self, images: Tensor) -> Tensor:
-        binary: Tensor = _StraightThrough.apply(images)  # type: ignore[no-untyped-call]
+        binary: Tensor = _StraightThrough.apply(images, self.binary_threshold)  # type: ignore[no-untyped-call]
         return binary
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        return (images > BINARY_THRESHOLD).to(images.dtype)
+    def forward(ctx: Any, images: Tensor, threshold: float) -> Tensor:
+        return (images > threshold).to(images.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class Madry(Network):

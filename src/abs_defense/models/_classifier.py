@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Classifier(nn.Module):
         binary_threshold: the model sees of each pixel only whether it is brighter than this; None if it sees more.
     """
 
-    binary_threshold: ClassVar[float | None] = None
+    binary_threshold: float | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class Clipped(Classifier):
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
+        self.binary_threshold = model.binary_threshold
         self.eval()
 
     @property

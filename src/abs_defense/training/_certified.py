@@ -28,7 +28,7 @@ from abs_defense.training._mean import mean_weights
 
 WEIGHTS = "certified.safetensors"
 LOG = "certified.csv"
-_NAME = "ABS without latent descent, decoders and prototypes fine-tuned for certified radii"
+_NAME = "ABS without latent descent, {} fine-tuned for certified radii"
 _BETA = 1.0
 _DECODE_CHUNK = 256
 _TINY = 1e-6
@@ -72,7 +72,7 @@ class CertifiedTraining:
         check_counts(epochs=self.epochs, batch_size=self.batch_size, refresh=self.refresh)
         check_positive(latent_learning_rate=self.latent_learning_rate, margin=self.margin)
         if not 0 <= self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected at least 0, got {self.learning_rate}")
+            raise ValueError(f"learning_rate: expected a finite number, at least 0, got {self.learning_rate}")
         if not self.power >= 1:
             raise ValueError(f"power: expected at least 1, got {self.power}")
         if not 0 <= self.shift <= 3:
@@ -258,10 +258,11 @@ def train_certified_abs(
     tuned = train_certified(weights, train, out, config, device=device, progress=progress)
     path = Path(out) / WEIGHTS
     save_weights(path, tuned)
+    learned = "decoders and prototypes" if config.learning_rate > 0 else "prototypes"
     return write_card(
         path,
         command,
-        name=_NAME,
+        name=_NAME.format(learned),
         data=train.name,
         data_sha256=train.sha256(),
         recipe=asdict(config),
@@ -308,7 +309,7 @@ def average_certified_abs(
     return write_card(
         path,
         command,
-        name=_NAME,
+        name=_NAME.format("decoders and prototypes"),
         recipe={
             "mean of": [state_sha256(_Points(load_weights(source))) for source in sources],
             "shares": None if shares is None else list(shares),
