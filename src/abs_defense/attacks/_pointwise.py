@@ -229,7 +229,8 @@ def _salt_and_pepper(
     levels: tuple[float, ...] = _START_LEVELS
     best, queries = None, 0
     for draw in range(draws):
-        if draw == _HOPELESS_DRAWS if best is None else budget is not None and queries >= budget:
+        enough = draw == _HOPELESS_DRAWS if best is None else budget is not None and queries >= budget
+        if enough:
             break
         u = rng.random(len(x))
         noise = np.where(rng.random(len(x)) < 0.5, lower, upper).astype(x.dtype)
