@@ -693,13 +693,19 @@ def test_pointwise_starts_from_the_sparsest_of_several_draws(models, images):
 
     def start(draws, seed, budget=None, limit=2.0):
         search = _salt_and_pepper(image, models["cnn"], np.random.default_rng(seed), draws, budget)
-        queries, candidate = 0, next(search)
+        queries, candidate, found = 0, next(search), []
         while True:
             queries += 1
+            hit = abs((candidate - image) @ weights) > limit
+            found += [np.count_nonzero(candidate != image)] if hit else []
             try:
-                candidate = search.send(abs((candidate - image) @ weights) > limit)
+                candidate = search.send(hit)
             except StopIteration as end:
-                return None if end.value is None else np.count_nonzero(end.value != image), queries
+                result = end.value
+                break
+        changed = None if result is None else np.count_nonzero(result != image)
+        assert changed == min(found, default=None)
+        return changed, queries
 
     one, many = ([start(draws, seed) for seed in range(10)] for draws in (1, 20))
     assert all(few[0] <= first[0] for first, few in zip(one, many, strict=True))

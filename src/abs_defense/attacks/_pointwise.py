@@ -224,7 +224,8 @@ def _salt_and_pepper(
     x: Image, model: Model, rng: np.random.Generator, draws: int, budget: int | None
 ) -> Generator[Image, bool, Image | None]:
     """Noise of growing density until it is adversarial, then the least density of it by bisection; then other noise, as
-    long as less than ``budget`` is spent, if it is adversarial at a density still lower. The sparsest, or None."""
+    long as less than ``budget`` is spent, if it is adversarial at a density still lower. The one with the fewest
+    changes, or None."""
     lower, upper = model.bounds
     levels: tuple[float, ...] = _START_LEVELS
     best, queries = None, 0
@@ -247,7 +248,9 @@ def _salt_and_pepper(
                     start, dense = candidate, level
                 else:
                     sparse = level
-            best, levels = start, (_START_GAIN * dense,)
+            levels = (_START_GAIN * dense,)
+            if best is None or np.count_nonzero(start != x) < np.count_nonzero(best != x):
+                best = start
             break
     return best
 
