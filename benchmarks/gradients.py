@@ -124,7 +124,8 @@ def main() -> None:
             distances = torch.where(success, distances, torch.inf)
             print(
                 f"  {name:24s} {int(success.sum()):4d}/{count:<3d} {distances.median():10.2f} "
-                f"{unsnapped.median():10.2f} {counter.queries.mean():8.0f} {counter.gradients.mean():10.0f} {seconds:8.0f}",
+                f"{unsnapped.median():10.2f} {counter.queries.mean():8.0f} "
+                f"{counter.gradients.mean():10.0f} {seconds:8.0f}",
                 flush=True,
             )
 
