@@ -156,6 +156,15 @@ def test_finished_pieces_are_not_computed_again(four, tmp_path, monkeypatch):
             np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
 
 
+def test_a_longer_run_continues_a_shorter_one(four, tmp_path):
+    measurements = [replace(m, piece=2) for m in (CLEAN, FAST[0])]
+    evaluate([TINY], measurements, four.head(2), tmp_path, progress=False)
+    missing = make_plan([TINY], measurements, four, tmp_path).missing()
+    assert [piece.key.start for piece in missing] == [2, 2]
+    swapped = ImageSet(four.images.flip(0), four.labels.flip(0), four.name)
+    assert len(make_plan([TINY], measurements, swapped, tmp_path).missing()) == 4
+
+
 @pytest.mark.parametrize("change", ["seed", "images", "settings", "weights"])
 def test_other_settings_are_other_pieces(four, tmp_path, change):
     evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)

@@ -170,7 +170,6 @@ def make_plan(
                 raise ValueError(f"{what}: expected names that can be part of a file's, got {name!r}")
     store = Store(Path(out) / PIECES)
     device = torch.device(device)
-    images_sha256 = data.sha256()
     built: dict[str, nn.Module] = {}
     pieces = []
     for spec in models:
@@ -185,18 +184,19 @@ def make_plan(
                 images, labels = images.new_zeros(measurement.images, 1, 28, 28), labels.new_zeros(measurement.images)
             for start in range(0, len(images), measurement.piece):
                 part = slice(start, min(start + measurement.piece, len(images)))
+                shard = ImageSet(images[part], labels[part], data.name)
                 key = PieceKey(
                     model=spec.name,
                     model_settings=described,
                     attack=measurement.name,
                     attack_settings=measurement.identity(),
-                    images_sha256=images_sha256,
+                    images_sha256=shard.sha256(),
                     start=part.start,
                     stop=part.stop,
                     seed=seed,
                     versions=versions(),
                 )
-                pieces.append(Piece(spec, measurement, key, images[part], labels[part]))
+                pieces.append(Piece(spec, measurement, key, shard.images, shard.labels))
     return Plan(pieces, built, store, device, data.images)
 
 

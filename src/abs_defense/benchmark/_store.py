@@ -25,8 +25,8 @@ class PieceKey:
         model_settings: its hyperparameters and the hash of its weights.
         attack: name of the attack, ``"clean"`` for none.
         attack_settings: its arguments.
-        images_sha256: of the images and labels of the whole run.
-        start, stop: the shard of images.
+        images_sha256: of the shard's images and labels, so that a run on more images finds the pieces of a shorter one.
+        start, stop: the shard.
         seed: of the global random state that foolbox's attacks draw from.
         versions: of the libraries.
     """
