@@ -299,7 +299,7 @@ def test_strongest_attack_counts_per_image(four):
         1.0,
     )
     results = [clean, attack("a", [1.0, 2.0, np.inf, 0.0]), attack("b", [3.0, 1.5, np.inf, 0.0])]
-    np.testing.assert_array_equal(smallest_distances(results, "m", "l2"), [1.0, 1.5, np.inf, 0.0])
+    np.testing.assert_array_equal(smallest_distances(results, "m", "l2", four), [1.0, 1.5, np.inf, 0.0])
     row = robustness_rows(results, four, {"m": "abs"})[0]
     assert row["median distance"] == 1.25
     assert row["accuracy at threshold"] == 0.25
@@ -319,6 +319,25 @@ def test_strongest_attack_counts_per_image(four):
     assert second["median distance"] == 3.0
     assert first["success rate"] == pytest.approx(2 / 3)
     assert first["gradients per image"] == 1.5
+
+
+def test_an_adversarial_counts_in_every_norm(four):
+    """Of the second image the L0 attack found nothing; the third is misclassified as it is."""
+    data = four.head(3)
+    pixels, dust = data.images.clone(), data.images.clone()
+    pixels[0, 0, 0, :2] = 0.5
+    dust[:2, 0, :2] = 0.25
+    cost = {"queries": np.full(3, 5.0), "gradients": np.zeros(3)}
+    l0 = {"distances": np.array([2.0, np.inf, 0.0]), "adversarials": pixels.numpy(), **cost}
+    linf = {"distances": np.array([0.25, 0.25, 0.0]), "adversarials": dust.numpy(), **cost}
+    results = [Result("m", "few", "l0", l0, 1.0), Result("m", "dust", "linf", linf, 1.0)]
+    assert (data.images[:2, 0, :2] == 0).all()
+    np.testing.assert_array_equal(smallest_distances(results, "m", "linf", data), [0.25, 0.25, 0.0])
+    np.testing.assert_array_equal(smallest_distances(results, "m", "l0", data), [2.0, 56.0, 0.0])
+    assert smallest_distances(results, "m", "l2", data) is None
+    rows = robustness_rows(results, data, {})
+    assert [(row["norm"], row["strongest attack"]) for row in rows] == [("L∞", "dust"), ("L0", "few")]
+    assert [row["queries per image"] for row in rows] == [10, 10]
 
 
 def test_certificates_stand_beside_attacks(digits, tmp_path):
@@ -518,7 +537,8 @@ def test_report_from_finished_pieces(four, tmp_path):
     assert partial.errors == ["tiny: ddn, images 0 to 3: not computed yet"]
     assert [row["norm"] for row in partial.robustness] == ["L2", "L∞", "L0"]
     assert partial.robustness[0]["median distance"] is None
-    assert partial.robustness[1:] == whole.robustness[1:]
+    assert all(row["median distance"] is not None for row in partial.robustness[1:])
+    assert partial.attacks == [row for row in whole.attacks if row["attack"] != "ddn"]
     result = _run("report", tmp_path, cwd=tmp_path)
     assert result.returncode == 1
     assert "not computed yet" in result.stdout

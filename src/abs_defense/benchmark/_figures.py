@@ -14,7 +14,7 @@ from abs_defense._files import replace_atomically
 from abs_defense.benchmark._published import PUBLISHED, Curve
 from abs_defense.benchmark._runner import Result
 from abs_defense.benchmark._suite import NORMS
-from abs_defense.benchmark._table import largest_radii, of_attacks, smallest_distances
+from abs_defense.benchmark._table import found_adversarials, largest_radii, smallest_distances
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 from abs_defense.inference import Inference
@@ -48,7 +48,9 @@ def adversarial_figure(title: str, results: Sequence[Result], model: str, data: 
     """The smallest adversarials of one model, a row a norm, below the originals; None if no attack was run."""
     from matplotlib.figure import Figure
 
-    rows = [(spec.label, own) for norm, spec in NORMS.items() if (own := of_attacks(results, model, norm))]
+    rows = [
+        (spec.label, found) for norm, spec in NORMS.items() if (found := found_adversarials(results, model, norm, data))
+    ]
     columns = min(MAX_COLUMNS, len(data))
     if not rows or not columns:
         return None
@@ -58,12 +60,11 @@ def adversarial_figure(title: str, results: Sequence[Result], model: str, data: 
     for j in range(columns):
         _show(axes[0, j], data.images[j, 0], str(int(data.labels[j])))
     _label(axes[0, 0], "original")
-    for i, (name, own) in enumerate(rows, start=1):
-        distances = np.stack([r.arrays["distances"][:columns] for r in own])
+    for i, (name, (attacks, distances)) in enumerate(rows, start=1):
         best = distances.argmin(axis=0)
         for j in range(columns):
             distance = distances[best[j], j]
-            image = own[best[j]].arrays["adversarials"][j, 0] if np.isfinite(distance) else np.ones((28, 28))
+            image = attacks[best[j]].arrays["adversarials"][j, 0] if np.isfinite(distance) else np.ones((28, 28))
             _show(axes[i, j], image, f"{distance:.3g}" if np.isfinite(distance) else "none")
         _label(axes[i, 0], name)
     return figure
@@ -91,7 +92,7 @@ def curve_figure(
     for axis, norm in zip(panels, norms, strict=True):
         threshold = largest = NORMS[norm].threshold
         for number, model in enumerate(dict.fromkeys(r.model for r in results)):
-            distances = smallest_distances(results, model, norm)
+            distances = smallest_distances(results, model, norm, data)
             if distances is None:
                 continue
             color = f"C{number}"

@@ -27,7 +27,7 @@ from abs_defense.benchmark._report import ReportFigure, write_report
 from abs_defense.benchmark._runner import PIECES, Executor, Plan, Record, Result, gather, make_plan, run_plan
 from abs_defense.benchmark._store import Store
 from abs_defense.benchmark._suite import Measurement, ModelSpec
-from abs_defense.benchmark._table import Row, attack_rows, model_rows, of_attacks, robustness_rows, write_table
+from abs_defense.benchmark._table import Row, attack_rows, found_adversarials, model_rows, robustness_rows, write_table
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 from abs_defense.inference import Inference
@@ -217,10 +217,10 @@ def _model_figures(plan: Plan, results: Sequence[Result], data: ImageSet) -> Ite
 
 def _way(results: Sequence[Result], model: str, data: ImageSet) -> tuple[int, list[float], torch.Tensor] | None:
     """The first image with an L2 adversarial, and images on the line to the smallest one."""
-    attacks = of_attacks(results, model, "l2")
-    if not attacks:
+    found = found_adversarials(results, model, "l2", data)
+    if found is None:
         return None
-    distances = np.stack([r.arrays["distances"] for r in attacks])
+    attacks, distances = found
     smallest = distances.min(0)
     attacked = np.flatnonzero((smallest > 0) & np.isfinite(smallest))
     if not len(attacked):

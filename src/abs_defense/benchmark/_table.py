@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from abs_defense._files import replace_atomically
 from abs_defense.benchmark._published import PUBLISHED
@@ -22,9 +24,24 @@ from abs_defense.data import ImageSet
 Row = dict[str, float | str | None]
 
 
-def of_attacks(results: Sequence[Result], model: str, norm: str) -> list[Result]:
-    """The attacks of a model in a norm that gave distances."""
-    return [r for r in results if r.model == model and r.norm == norm and "distances" in r.arrays]
+def found_adversarials(
+    results: Sequence[Result], model: str, norm: Norm, data: ImageSet
+) -> tuple[list[Result], npt.NDArray[Any]] | None:
+    """Every attack on a model, whatever it was made for, with its distances in one norm, ``(attacks, images)``: an
+    adversarial is one in every norm. None if no attack was made for that norm."""
+    attacks = [r for r in results if r.model == model and "distances" in r.arrays]
+    if not any(r.norm == norm for r in attacks):
+        return None
+    return attacks, np.stack([_distances(r, norm, data) for r in attacks])
+
+
+def _distances(result: Result, norm: Norm, data: ImageSet) -> npt.NDArray[Any]:
+    own = result.arrays["distances"]
+    if result.norm == norm:
+        return own
+    adversarials = torch.from_numpy(result.arrays["adversarials"])
+    measured: Tensor = NORMS[norm].distance(data.images, adversarials)
+    return np.where(np.isfinite(own) & (own > 0), measured.numpy(), own)
 
 
 def of_certificates(results: Sequence[Result], model: str, norm: str) -> list[Result]:
@@ -32,10 +49,11 @@ def of_certificates(results: Sequence[Result], model: str, norm: str) -> list[Re
     return [r for r in results if r.model == model and r.norm == norm and "radius" in r.arrays]
 
 
-def smallest_distances(results: Sequence[Result], model: str, norm: str) -> npt.NDArray[Any] | None:
-    """Per image the smallest distance over all attacks of a norm (infinity where none succeeded), None if none ran."""
-    found = [r.arrays["distances"] for r in of_attacks(results, model, norm)]
-    return np.min(found, axis=0) if found else None
+def smallest_distances(results: Sequence[Result], model: str, norm: Norm, data: ImageSet) -> npt.NDArray[Any] | None:
+    """Per image the smallest distance of all adversarials found, by whatever attack (infinity where none succeeded);
+    None if no attack was made for that norm."""
+    found = found_adversarials(results, model, norm, data)
+    return None if found is None else found[1].min(axis=0)
 
 
 def largest_radii(results: Sequence[Result], model: str, norm: str) -> npt.NDArray[Any] | None:
@@ -46,8 +64,9 @@ def largest_radii(results: Sequence[Result], model: str, norm: str) -> npt.NDArr
 
 def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, str]) -> list[Row]:
     """One row a norm and model: the median distance and the accuracy left at the paper's threshold (1.5, 0.3, 12
-    pixels) under all attacks together, the attack that is strongest most often, queries and gradients an image over
-    all attacks; mean radius and certified accuracy at the threshold; what the paper reports for a model of that kind.
+    pixels) under all attacks together, those made for another norm included; the attack that is strongest most often;
+    queries and gradients an image over all attacks; mean radius and certified accuracy at the threshold; what the paper
+    reports for a model of that kind.
 
     Distances are in pixel values of [0, 1] for L2 and L-infinity, in pixels for L0. A misclassified image has
     distance 0. An image counts as robust at a threshold if its smallest adversarial distance is larger.
@@ -59,11 +78,11 @@ def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[st
             if not ran or not len(data):
                 continue
             row: Row = {"norm": spec.label, "model": model, "images": len(data), "threshold": f"{spec.threshold:g}"}
-            distances = smallest_distances(results, model, norm)
-            attacks = of_attacks(results, model, norm)
-            row["median distance"] = None if distances is None else float(np.median(distances))
-            row["accuracy at threshold"] = None if distances is None else float((distances > spec.threshold).mean())
-            row["strongest attack"] = _strongest(attacks)
+            attacks, distances = found_adversarials(results, model, norm, data) or ([], None)
+            smallest = None if distances is None else distances.min(axis=0)
+            row["median distance"] = None if smallest is None else float(np.median(smallest))
+            row["accuracy at threshold"] = None if smallest is None else float((smallest > spec.threshold).mean())
+            row["strongest attack"] = "" if distances is None else _strongest(attacks, distances)
             row["queries per image"] = sum(_mean(r, "queries") for r in attacks)
             row["gradients per image"] = sum(_mean(r, "gradients") for r in attacks)
             radii = largest_radii(results, model, norm)
@@ -135,12 +154,10 @@ def certified(radii: npt.NDArray[np.float64], threshold: float, norm: Norm) -> n
     return radii >= threshold if norm == "l0" else radii > threshold
 
 
-def _strongest(attacks: Sequence[Result]) -> str:
-    if not attacks:
-        return ""
-    distances = np.stack([r.arrays["distances"] for r in attacks])
-    attacked = distances[:, (distances.min(0) > 0) & np.isfinite(distances.min(0))]
-    wins = Counter(attacks[i].attack for i in attacked.argmin(0))
+def _strongest(attacks: Sequence[Result], distances: npt.NDArray[Any]) -> str:
+    smallest = distances.min(axis=0)
+    attacked = distances[:, (smallest > 0) & np.isfinite(smallest)]
+    wins = Counter(attacks[i].attack for i in attacked.argmin(axis=0))
     return wins.most_common(1)[0][0] if wins else ""
 
 
