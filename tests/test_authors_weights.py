@@ -46,7 +46,7 @@ def models(shared_data, reference):
     decoded = Prototypes.decode(weights.decoders.class_decoders(), latents, beta=1.0)
     for model in models.values():
         model.prototype_latents = latents
-        model.prototype_images, model.prototype_offsets = decoded.images, decoded.offsets
+        model._prototype_images, model.prototype_offsets = decoded.images, decoded.offsets
     return models
 
 
@@ -125,7 +125,7 @@ def test_envelope_gradient_equals_finite_differences_where_latents_are_stationar
     h = 1e-4
     points = torch.stack([torch.zeros_like(directions), h * directions, -h * directions]) + x.detach()
     fast = model.decoders.class_decoders()
-    prototypes = Prototypes(model.prototype_latents, model.prototype_images, model.prototype_offsets)
+    prototypes = Prototypes(model.prototype_latents, model._prototype_images, model.prototype_offsets)
     energies, latents = infer_latents(fast, prototypes, points.view(-1, 784), model.settings)
     energies, latents = energies.view(3, 2, 2, 4), latents.view(3, 2, 2, 4, 8)[0, 0]
     differences = -440.0 / 784 * (energies[1] - energies[2]) / (2 * h)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from abs_defense import ABS, BinaryABS, load_model
 from abs_defense.models import VAE, Calibration, Weights, fold_decoders, load_weights, save_weights
@@ -261,6 +262,21 @@ def test_checkpoints_that_differ_in_shape(authors_copy):
     )
     with pytest.raises(ValueError, match="differ in shape"):
         ABS(authors_copy)
+
+
+def test_weights_that_are_not_finite(weights_file, authors_copy, tmp_path):
+    tensors = load_file(weights_file)
+    tensors["weight_2"][0, 0, 0] = torch.nan
+    with safe_open(weights_file, framework="pt") as file:
+        save_file(tensors, tmp_path / "nan.safetensors", file.metadata())
+    with pytest.raises(ValueError, match=r"nan\.safetensors: expected finite weights, got NaN or infinity in weight_2"):
+        load_weights(tmp_path / "nan.safetensors")
+    path = authors_copy / "ABS_3.net"
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    state["Decoder.conv_1.bias"][0] = torch.inf
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"ABS_3\.net: expected finite weights, got NaN or infinity in conv_1\.bias"):
+        load_weights(authors_copy)
 
 
 def test_save_and_load_weights(tmp_path):

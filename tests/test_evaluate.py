@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import foolbox as fb
@@ -16,6 +17,7 @@ import torch
 from linear import Linear
 
 from abs_defense import ABS, cli, load_model
+from abs_defense.attacks import PointwiseAttack
 from abs_defense.benchmark import (
     CLEAN,
     DISTAL,
@@ -165,6 +167,43 @@ def test_a_longer_run_continues_a_shorter_one(four, tmp_path):
     assert len(make_plan([TINY], measurements, swapped, tmp_path).missing()) == 4
 
 
+class Signed(Linear):
+    def __init__(self, sign):
+        super().__init__()
+        self.sign = sign
+
+    def forward(self, x):
+        return self.sign * super().forward(x)
+
+
+def test_models_that_differ_in_their_settings_only_are_told_apart(four, tmp_path):
+    for sign in (1.0, -1.0):
+        spec = ModelSpec("signed", Signed, {"sign": sign})
+        (clean,) = evaluate([spec], (CLEAN,), four, tmp_path, progress=False)
+        np.testing.assert_array_equal(clean.arrays["predictions"], Signed(sign)(four.images).argmax(1))
+
+
+def test_attacks_that_differ_in_fixed_arguments_only_are_told_apart(four, tmp_path):
+    made = [partial(fb.attacks.DDNAttack, steps=steps) for steps in (4, 5)]
+    keys = [make_plan([TINY], (AttackSpec("ddn", "l2", factory=f),), four, tmp_path).pieces[0].key for f in made]
+    assert keys[0].file != keys[1].file
+    for nameless in (lambda: made[0](), partial(lambda: made[0]())):
+        with pytest.raises(ValueError, match="expected a class or function at the top of a module"):
+            make_plan([TINY], (AttackSpec("ddn", "l2", factory=nameless),), four, tmp_path)
+
+
+def test_the_seed_reaches_attacks_that_have_their_own(four, tmp_path):
+    pointwise = AttackSpec("pointwise", "l0", factory=PointwiseAttack)
+    right = ImageSet(four.images, _tiny()(four.images).argmax(1), four.name)
+    found = [
+        evaluate([TINY], (pointwise,), right, tmp_path, seed=seed, progress=False)[-1].arrays["adversarials"]
+        for seed in (0, 1)
+    ]
+    assert (found[0] != found[1]).any()
+    assert pointwise.make(seed=3).seed == 3
+    assert replace(pointwise, settings={"seed": 7}).make(seed=3).seed == 7
+
+
 @pytest.mark.parametrize("change", ["seed", "images", "settings", "weights"])
 def test_other_settings_are_other_pieces(four, tmp_path, change):
     evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
@@ -190,10 +229,16 @@ def test_other_settings_are_other_pieces(four, tmp_path, change):
     assert added == (1 if change == "settings" else 2)
 
 
-def test_damaged_piece_is_computed_again(four, tmp_path):
+def _flip_bytes(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 40]) + content[middle + 40 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b"", _flip_bytes])
+def test_damaged_piece_is_computed_again(four, tmp_path, damage):
     first = evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
     for path in (tmp_path / "pieces").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
+        path.write_bytes(damage(path.read_bytes()))
     second = evaluate([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
     np.testing.assert_array_equal(first[1].arrays["distances"], second[1].arrays["distances"])
 
@@ -216,21 +261,26 @@ def test_a_failing_attack_does_not_stop_the_rest(four, tmp_path):
     assert second["median distance"] is not None
 
 
-def test_an_attack_that_fails_on_some_pieces_counts_on_the_others(four, tmp_path):
-    class UnluckyOnce(fb.attacks.DDNAttack):
-        def run(self, model, inputs, criterion, **kwargs):
-            if len(inputs) == 1:
-                raise KeyError("not this one")
-            return super().run(model, inputs, criterion, **kwargs)
+class UnluckyOnce(fb.attacks.DDNAttack):
+    def run(self, model, inputs, criterion, **kwargs):
+        if len(inputs) == 1:
+            raise KeyError("not this one")
+        return super().run(model, inputs, criterion, **kwargs)
 
-    attacks = (AttackSpec("once", "l2", factory=lambda: UnluckyOnce(steps=4), piece=3), CLEAN)
-    results = evaluate([TINY], attacks, four, tmp_path, progress=False)
-    once = results[1] if results[0].attack == "clean" else results[0]
+
+def test_an_attack_that_fails_on_some_pieces_counts_on_the_others(four, tmp_path):
+    attacks = (AttackSpec("once", "l2", {"steps": 4}, factory=UnluckyOnce, piece=3), CLEAN)
+    right = ImageSet(four.images, _tiny()(four.images).argmax(1), four.name)
+    once = next(r for r in evaluate([TINY], attacks, right, tmp_path, progress=False) if r.attack == "once")
     assert len(once.errors) == 1
     assert "KeyError" in once.errors[0]
     assert once.arrays["distances"].shape == (4,)
     assert np.isinf(once.arrays["distances"][3])
     np.testing.assert_array_equal(once.arrays["adversarials"][3], four.images[3].numpy())
+    mislabelled = ImageSet(four.images, torch.cat([right.labels[:3], (right.labels[3:] + 1) % 10]), four.name)
+    once = next(r for r in evaluate([TINY], attacks, mislabelled, tmp_path, progress=False) if r.attack == "once")
+    assert len(once.errors) == 1
+    assert once.arrays["distances"][3] == 0
 
 
 def test_a_full_disk_loses_nothing(four, tmp_path, monkeypatch):
@@ -312,8 +362,12 @@ def test_strongest_attack_counts_per_image(four):
     assert model["clean accuracy"] == 0.75
     assert model["median confidence"] == pytest.approx(0.75)
     assert model["published accuracy"] == 0.990
-    assert findings([row]) == ["m, L2: 25 % left at 1.5, where the paper reports 80 %."]
-    assert findings([{**row, "accuracy at threshold": 0.9}]) == []
+    assert row["clean accuracy"] == 0.75
+    assert findings([row]) == [
+        "m, L2: 25 % left at 1.5, where the paper reports 80 %.",
+        "m, L2: median distance 1.25, where the paper reports 2.24.",
+    ]
+    assert findings([{**row, "accuracy at threshold": 0.9, "median distance": 2.5}]) == []
     first, second = attack_rows(results)
     assert first["attack"] == "a"
     assert second["median distance"] == 3.0
@@ -453,6 +507,34 @@ def test_wrong_additions_are_refused(tmp_path, text, message):
         load_additions(tmp_path / "mine.toml")
 
 
+def test_wrong_specifications_are_refused(four, tmp_path):
+    with pytest.raises(ValueError, match=r"a: models: expected a list of kinds, got 'abs'"):
+        AttackSpec("a", "l2", models="abs", factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="a: piece: expected at least 1 image, got 0"):
+        AttackSpec("a", "l2", piece=0, factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="a: gradient: expected 'model' or 'estimated', got 'estimate'"):
+        AttackSpec("a", "l2", gradient="estimate", factory=fb.attacks.DDNAttack)
+    for attack, message in (
+        (AttackSpec("a", "l2", {"stepz": 3}, factory=fb.attacks.DDNAttack), "attack 'a': .*stepz"),
+        (AttackSpec("a", "linf", factory=fb.attacks.LinfPGD), "attack 'a': epsilons: expected positive numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_plan([TINY], (CLEAN, attack), four, tmp_path)
+    with pytest.raises(ValueError, match=r"model 'm': .*colour"):
+        make_plan([ModelSpec("m", Linear, {"colour": 1})], (CLEAN,), four, tmp_path)
+
+
+class Broken(Linear):
+    def forward(self, x):
+        raise RuntimeError("boom")
+
+
+def test_a_model_that_fails_does_not_stop_the_others(four, tmp_path):
+    results = evaluate([ModelSpec("broken", Broken), TINY], (CLEAN,), four, tmp_path)
+    assert results[0].errors == ("broken: clean, images 0 to 3: RuntimeError: boom",)
+    assert results[1].errors == ()
+
+
 def test_names_must_differ(four, tmp_path):
     with pytest.raises(ValueError, match="models: expected different names, got tiny, tiny"):
         make_plan([TINY, TINY], (CLEAN,), four, tmp_path)
@@ -522,6 +604,7 @@ def test_report_is_complete(four, tmp_path, weights_file):
     assert "∞" not in latex
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["measurements"]["ddn"]["steps"] == 4
+    assert manifest["hardware"]["cores"] == os.cpu_count()
 
 
 def test_report_from_finished_pieces(four, tmp_path):

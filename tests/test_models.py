@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from abs_defense import ABS, BinaryABS, Inference, load_model
 from abs_defense.inference import Prototypes, infer_latents
-from abs_defense.models import MODEL_NAMES, Clipped, save_weights
+from abs_defense.models import MODEL_NAMES, Clipped, bundled_weights, load_card, save_weights
+from abs_defense.models._weights import sha256
 
 MODELS = ("tiny_abs", "tiny_binary", "small_abs", "small_binary", "bfgs_abs", "bfgs_binary")
 
@@ -60,7 +61,7 @@ def gradient_of(model, images, cotangent=None):
 
 def exact_logits(model, images):
     """The logits of a float64 model, in float64, which ``forward`` rounds to float32."""
-    buffers = (model.prototype_latents, model.prototype_images, model.prototype_offsets, model.curvature)
+    buffers = (model.prototype_latents, model._prototype_images, model.prototype_offsets, model.curvature)
     prototypes = Prototypes(*buffers)
     flat = images.flatten(1)
     return (
@@ -712,6 +713,25 @@ def test_prototypes_follow_to(kind, random_weights):
     assert all(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()])
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"solver": "bfgs", "steps": 3}, torch.float16),
+        ({"solver": "adam", "steps": 3}, torch.float32),
+        ({"solver": "bfgs", "steps": 0}, torch.float32),
+    ],
+)
+def test_only_starting_points_are_kept_in_half_precision(random_weights, settings, kept):
+    model = ABS(random_weights(3), prototypes=40, **settings)
+    assert next(b for name, b in model.named_buffers() if name == "_prototype_images").dtype == kept
+    decoded = torch.stack([decoder(model.prototype_latents) for decoder in model.decoders.class_decoders()])
+    assert model.prototype_images.dtype == torch.float32
+    assert_close(model.prototype_images, decoded, rtol=0, atol=2.5e-4 if kept == torch.float16 else 1e-6)
+    assert model.prototype_offsets.dtype == torch.float32
+    prior = 0.5 * model.prototype_latents.square().sum(1)
+    assert_close(model.prototype_offsets, model.prototype_images.square().sum(2) + prior, rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_and_back(with_gradient, digits):
     expected = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:4])
@@ -767,6 +787,15 @@ def test_load_model_of_an_unknown_name(name):
     with pytest.raises(ValueError, match="unknown model") as error:
         load_model(name)
     assert all(known in str(error.value) for known in MODEL_NAMES)
+
+
+@pytest.mark.parametrize("name", bundled_weights())
+def test_bundled_weights_are_those_of_their_card(name):
+    card = load_card(name)
+    assert card["sha256"] == sha256(bundled_weights()[name])
+    figures = card["test_figures"]
+    assert figures["images"] == 10_000
+    assert all("abs-defense train" in part["command"] for part in card["parts"].values())
 
 
 def test_a_folder_called_mnist_does_not_hide_the_bundled_weights(tmp_path, monkeypatch):

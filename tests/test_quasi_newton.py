@@ -153,7 +153,7 @@ def test_envelope_gradient_is_that_of_the_converged_energy(random_weights, rando
     x = random_images(2, dtype=torch.float64).requires_grad_()
     latents = model.infer(x).latents.double()
     assert float(latents.norm(dim=-1).max()) < 4.9
-    buffers = (model.prototype_latents, model.prototype_images, model.prototype_offsets, model.curvature)
+    buffers = (model.prototype_latents, model._prototype_images, model.prototype_offsets, model.curvature)
 
     def energies(batch):
         flat = batch.detach().flatten(1)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from linear import Linear
 
-from abs_defense.benchmark import CLEAN, AttackSpec, ModelSpec, evaluate, make_plan, ray_executor, run_plan
+from abs_defense._versions import versions
+from abs_defense.benchmark import CLEAN, AttackSpec, ModelSpec, _runner, evaluate, make_plan, ray_executor, run_plan
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'abs-defense[ray]'")
 
@@ -94,3 +95,19 @@ def test_a_model_that_cannot_be_made_there_is_a_failure(digits, tmp_path, cluste
     plan = make_plan([ModelSpec("local", only_here)], (CLEAN,), digits.head(2), tmp_path)
     results = run_plan(plan, executor=cluster, progress=False)
     assert "no such file on this machine" in results[0].errors[0]
+
+
+class Moody(Linear):
+    """Has other weights in every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight.data[0, 0] = os.getpid()
+
+
+def test_a_worker_with_another_model_or_other_versions_gives_no_result(digits, tmp_path, cluster, monkeypatch):
+    results = evaluate([ModelSpec("moody", Moody)], (CLEAN,), digits, tmp_path, executor=cluster, progress=False)
+    assert "the worker is not like the machine that plans: weights_sha256: expected" in results[0].errors[0]
+    monkeypatch.setattr(_runner, "versions", lambda: {**versions(), "foolbox": "2.4.0"})
+    results = evaluate([MODEL], (CLEAN,), digits, tmp_path, executor=cluster, progress=False)
+    assert "foolbox: expected 2.4.0, got 3" in results[0].errors[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+from typing import Any
 
 import torch
 
-_PACKAGES = ("abs-defense", "torch", "foolbox", "numpy")
+_PACKAGES = ("abs-defense", "torch", "foolbox", "adversarial-robustness-toolbox", "eagerpy", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -18,4 +20,14 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cuda": str(torch.version.cuda),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """What this process computes on; it decides the time of a result, and its last digits."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from abs_defense._files import replace_atomically, require_writable_folder
-from abs_defense._versions import versions
+from abs_defense._versions import hardware, versions
 from abs_defense.benchmark._figures import (
     adversarial_figure,
     curve_figure,
@@ -104,7 +104,10 @@ def run_evaluation(
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
+        "hardware": hardware() if executor is None else "of the executor's workers",
     }
+    for stale in (folder / FIGURES).glob("*"):
+        stale.unlink()
     _write_json(folder / MANIFEST, manifest)
     _write_json(folder / PLAN, [asdict(piece.record) for piece in plan.pieces])
     with replace_atomically(folder / IMAGES) as path, path.open("wb") as file:
@@ -138,7 +141,7 @@ def rebuild_report(out: str | Path, *, curves: Mapping[tuple[str, Norm], Curve] 
         images, labels = (torch.from_numpy(file[name]) for name in ("images", "labels"))
     data = ImageSet(images, labels, manifest["data"]["name"])
     kinds = {record.model: record.kind for record in records}
-    results = gather(records, list(kinds), Store(folder / PIECES), images)
+    results = gather(records, list(kinds), Store(folder / PIECES), data)
     return _write(folder, results, data, kinds, manifest, curves)
 
 

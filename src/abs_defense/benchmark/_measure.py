@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, snap_to_threshold
 from abs_defense.benchmark._store import Arrays
-from abs_defense.benchmark._suite import NORMS, AttackSpec, CertificateSpec, DistalSpec, Measurement
+from abs_defense.benchmark._suite import (
+    NORMS,
+    AttackSpec,
+    CertificateSpec,
+    DistalSpec,
+    Measurement,
+    ModelSpec,
+    factory_name,
+)
 from abs_defense.certificates import certify
 from abs_defense.models import ABS, Classifier, device_of, state_sha256
 
@@ -43,7 +51,7 @@ def measure(
     started = time.perf_counter()
     with _report_queries(model, on_queries), _seeded(seed):
         if isinstance(measurement, AttackSpec):
-            arrays = _attack(measurement, model, x, y)
+            arrays = _attack(measurement, model, x, y, seed)
         elif isinstance(measurement, CertificateSpec):
             arrays = _certify(measurement, model, x, y)
         elif isinstance(measurement, DistalSpec):
@@ -53,7 +61,7 @@ def measure(
     return {**arrays, "seconds": np.array([time.perf_counter() - started])}
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
     """What a result of a model depends on: kind, settings, threshold if it binarises its input, hash of the weights."""
     kind: dict[str, Any] = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
     threshold = getattr(model, "binary_threshold", None)
@@ -61,6 +69,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         kind["binary_threshold"] = threshold
     if isinstance(model, Classifier):
         kind |= model.describe()
+    else:
+        kind |= {"factory": factory_name(spec.factory), "settings": spec.settings}
     return {**kind, "weights_sha256": state_sha256(model)}
 
 
@@ -77,7 +87,7 @@ class Speed:
 
 
 def probe(model: nn.Module, x: Tensor) -> Speed:
-    """Time a model on a few images."""
+    """Time a model on a few images; one that fails takes no time."""
     x = x[:_PROBE_IMAGES].to(device_of(model))
     if not len(x):
         return Speed(0.0, 0.0)
@@ -90,12 +100,13 @@ def probe(model: nn.Module, x: Tensor) -> Speed:
         live = x.clone().requires_grad_()
         torch.autograd.grad(model(live).logsumexp(1).sum(), live)
 
-    query()
-    forward = _seconds(query)
     try:
-        both = _seconds(gradient)
-    except RuntimeError:  # a model without gradients
-        both = forward
+        query()
+        forward = both = _seconds(query)
+        with contextlib.suppress(Exception):  # a model without gradients
+            both = _seconds(gradient)
+    except Exception:
+        return Speed(0.0, 0.0)
     return Speed(forward / len(x), max(0.0, both - forward) / len(x))
 
 
@@ -122,13 +133,13 @@ def _clean(model: nn.Module, x: Tensor) -> Arrays:
     }
 
 
-def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:
+def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Arrays:
     assert spec.norm is not None
     counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
     attacked = (
         FiniteDifferenceModel(counter, chunk=_FINITE_DIFFERENCE_CHUNK) if spec.gradient == "estimated" else counter
     )
-    adversarials, _, _ = spec.make(x.device)(attacked, x, y, epsilons=None)
+    adversarials, _, _ = spec.make(x.device, seed)(attacked, x, y, epsilons=None)
     threshold = getattr(model, "binary_threshold", None)
     with torch.no_grad():
         fooled = model(adversarials).argmax(1) != y
@@ -181,7 +192,7 @@ def _counts(queries: Any, gradients: Any) -> Arrays:
     return {"queries": np.asarray(queries, dtype=np.float64), "gradients": np.asarray(gradients, dtype=np.float64)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[None]:
     def report(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         assert on_queries is not None
@@ -195,7 +206,7 @@ def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[
             handle.remove()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():

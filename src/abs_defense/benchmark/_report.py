@@ -65,10 +65,14 @@ def findings(robustness: Sequence[Row]) -> list[str]:
     """Where less robustness was found than the paper reports."""
     sentences = []
     for row in robustness:
+        name = f"{row['model']}, {row['norm']}"
         ours, published = row.get("accuracy at threshold"), row.get("published accuracy")
         if isinstance(ours, float) and isinstance(published, float) and ours < published:
             sentences.append(
-                f"{row['model']}, {row['norm']}: {100 * ours:.0f} % left at {row['threshold']}, "
+                f"{name}: {100 * ours:.0f} % left at {row['threshold']}, "
                 f"where the paper reports {100 * published:.0f} %."
             )
+        ours, published = row.get("median distance"), row.get("published median")
+        if isinstance(ours, float) and isinstance(published, float | int) and ours < published:
+            sentences.append(f"{name}: median distance {ours:.3g}, where the paper reports {published:g}.")
     return sentences

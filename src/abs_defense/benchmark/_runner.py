@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -103,14 +105,14 @@ class Plan:
         models: in use, by name, on the device.
         store: with the finished pieces.
         device: where to compute.
-        images: all of them.
+        data: all images.
     """
 
     pieces: list[Piece]
     models: dict[str, nn.Module]
     store: Store
     device: torch.device
-    images: Tensor
+    data: ImageSet
 
     def missing(self) -> list[Piece]:
         """Pieces without a result."""
@@ -133,7 +135,7 @@ class Result:
         attack: name of the measurement.
         norm: of distances or radii, None for none.
         arrays: per image, see ``measure``; empty if a piece failed. But in an attack that failed on some pieces only,
-            their images have an infinite distance.
+            their images have an infinite distance, or 0 if they are misclassified as they are.
         seconds: of computing, summed over pieces.
         errors: of the pieces that failed.
     """
@@ -159,7 +161,7 @@ def make_plan(
 
     Raises:
         ValueError: two models or two measurements have the same name, or one that can't be part of a file's; a label
-            is not a class of a model.
+            is not a class of a model; a model or an attack can't be made from its settings.
         OSError: the folder cannot be written.
     """
     for what, names in {"models": [m.name for m in models], "measurements": [m.name for m in measurements]}.items():
@@ -175,10 +177,13 @@ def make_plan(
     for spec in models:
         model = built[spec.name] = spec.make().to(device)
         check_labels(data.labels, getattr(model, "num_classes", None), spec.name)
-        described = describe(model)
+        described = describe(spec, model)
         for measurement in measurements:
             if not measurement.serves(spec.kind):
                 continue
+            if isinstance(measurement, AttackSpec):
+                with contextlib.suppress(ImportError):  # of an extra that is not installed; fails piece by piece
+                    measurement.make()
             images, labels = data.images, data.labels
             if isinstance(measurement, DistalSpec):
                 images, labels = images.new_zeros(measurement.images, 1, 28, 28), labels.new_zeros(measurement.images)
@@ -197,7 +202,7 @@ def make_plan(
                     versions=versions(),
                 )
                 pieces.append(Piece(spec, measurement, key, shard.images, shard.labels))
-    return Plan(pieces, built, store, device, data.images)
+    return Plan(pieces, built, store, device, data)
 
 
 def run_plan(
@@ -241,7 +246,7 @@ def run_plan(
                     on_piece(piece, outcome)
             bar.finish(piece)
     records = [piece.record for piece in plan.pieces]
-    return gather(records, list(plan.models), plan.store, plan.images, failures)
+    return gather(records, list(plan.models), plan.store, plan.data, failures)
 
 
 def evaluate(
@@ -328,7 +333,7 @@ def gather(
     records: Sequence[Record],
     models: Sequence[str],
     store: Store,
-    images: Tensor,
+    data: ImageSet,
     failures: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """The results of all pieces: those in the store; for the others the ``failures`` by file say why they have none."""
@@ -336,18 +341,21 @@ def gather(
     groups: dict[tuple[str, str], list[Record]] = {(model, CLEAN.name): [] for model in models}
     for record in records:
         groups.setdefault((record.model, record.measurement), []).append(record)
-    results = []
+    results: list[Result] = []
+    misclassified = dict.fromkeys(models, np.zeros(len(data), dtype=bool))
     for (model, name), group in groups.items():
         found = [store.load_file(record.file) for record in group]
         absent = [record for record, arrays in zip(group, found, strict=True) if arrays is None]
         errors = tuple(failures.get(record.file, _not_computed(record)) for record in absent)
         usable = len(absent) < len(group) and (not absent or group[0].attack)
         parts = [
-            _nothing_found(images[record.start : record.stop]) if arrays is None else arrays
+            _nothing_found(data, misclassified[model], slice(record.start, record.stop)) if arrays is None else arrays
             for record, arrays in zip(group, found, strict=True)
         ]
         seconds = sum(float(part.pop("seconds").sum()) for part in parts if "seconds" in part)
         joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if usable else {}
+        if name == CLEAN.name and usable:
+            misclassified[model] = joined["predictions"] != data.labels.numpy()
         results.append(Result(model, name, group[0].norm if group else None, joined, seconds, errors))
     return results
 
@@ -356,10 +364,11 @@ def _not_computed(record: Record) -> str:
     return f"{record.model}: {record.measurement}, images {record.start} to {record.stop - 1}: not computed yet"
 
 
-def _nothing_found(images: Tensor) -> Arrays:
+def _nothing_found(data: ImageSet, misclassified: npt.NDArray[np.bool_], part: slice) -> Arrays:
+    images = data.images[part].numpy()
     return {
-        "distances": np.full(len(images), np.inf, dtype=np.float32),
-        "adversarials": images.numpy(),
+        "distances": np.where(misclassified[part], 0.0, np.inf).astype(np.float32),
+        "adversarials": images,
         "queries": np.zeros(len(images)),
         "gradients": np.zeros(len(images)),
     }

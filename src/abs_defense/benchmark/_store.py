@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Store:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files if name != "manifest"}
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
             return None
 
     def save(self, key: PieceKey, arrays: Arrays) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,8 +74,15 @@ class ModelSpec:
     kind: str = "other"
 
     def make(self) -> nn.Module:
-        """The model, in evaluation mode."""
-        model: nn.Module = _resolve(self.factory)(**self.settings)
+        """The model, in evaluation mode.
+
+        Raises:
+            ValueError: the factory can't be found, or refuses the settings.
+        """
+        try:
+            model: nn.Module = _resolve(self.factory)(**self.settings)
+        except TypeError as error:
+            raise ValueError(f"model {self.name!r}: {error}") from error
         return model.eval()
 
 
@@ -90,6 +98,9 @@ class Measurement:
         queries: expected an image, for estimates of the time.
         gradients: likewise.
         piece: the most images of one piece of work.
+
+    Raises:
+        ValueError: a field is out of its range.
     """
 
     name: str
@@ -99,6 +110,12 @@ class Measurement:
     queries: float = 1
     gradients: float = 0
     piece: int = 50
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models, str):
+            raise ValueError(f"{self.name}: models: expected a list of kinds, got {self.models!r}")
+        if self.piece < 1:
+            raise ValueError(f"{self.name}: piece: expected at least 1 image, got {self.piece}")
 
     def serves(self, kind: str) -> bool:
         return not self.models or kind in self.models
@@ -123,6 +140,9 @@ class AttackSpec(Measurement):
         epsilons: for attacks of a fixed epsilon: those to try, see ``EpsilonSearchAttack``.
         gradient: the model's own, or ``"estimated"`` by coordinate-wise finite differences (2 * 784 queries each).
         surrogate: name of the model on which an attack of a fixed epsilon is crafted, for a transfer attack.
+
+    Raises:
+        ValueError: a field is out of its range; from ``identity``, the factory has no name that others could find.
     """
 
     factory: Factory = ""
@@ -130,24 +150,46 @@ class AttackSpec(Measurement):
     gradient: Literal["model", "estimated"] = "model"
     surrogate: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient not in ("model", "estimated"):
+            raise ValueError(f"{self.name}: gradient: expected 'model' or 'estimated', got {self.gradient!r}")
+
     def identity(self) -> dict[str, Any]:
+        name = factory_name(self.factory)
+        if "<" in name:  # <lambda>, <locals>, <... object at 0x...>
+            raise ValueError(
+                f"attack {self.name!r}: factory: expected a class or function at the top of a module, or "
+                f"'package.module:attribute', got {name!r}; results are kept under its name"
+            )
         return {
             **self.settings,
-            "factory": _name(self.factory),
+            "factory": name,
             "epsilons": list(self.epsilons),
             "gradient": self.gradient,
             "surrogate": None if self.surrogate is None else [self.surrogate, _surrogate(self.surrogate)[1]],
         }
 
-    def make(self, device: Any = "cpu") -> MinimizationAttack:
-        attack = _resolve(self.factory)(**self.settings)
-        if self.surrogate is not None or isinstance(attack, FixedEpsilonAttack):
+    def make(self, device: Any = "cpu", seed: int = 0) -> MinimizationAttack:
+        """The attack; one that takes a ``seed`` gets it, unless the settings have their own.
+
+        Raises:
+            ValueError: the factory can't be found, or refuses the settings; an attack of a fixed epsilon has no
+                epsilons.
+        """
+        factory = _resolve(self.factory)
+        own = {"seed": seed} if "seed" in inspect.signature(factory).parameters else {}
+        try:
+            attack = factory(**{**own, **self.settings})
+            if self.surrogate is None and not isinstance(attack, FixedEpsilonAttack):
+                return cast(MinimizationAttack, attack)
             surrogate = None
             if self.surrogate is not None:
                 model = copy.deepcopy(_surrogate(self.surrogate)[0]).to(device)
                 surrogate = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
             return EpsilonSearchAttack(attack, self.epsilons, surrogate=surrogate)
-        return cast(MinimizationAttack, attack)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"attack {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -190,8 +232,8 @@ def _started(attack: Callable[..., MinimizationAttack], **settings: Any) -> Mini
     return StartedAttack(attack(**settings))
 
 
-def _pointwise_from_bisector(**settings: Any) -> MinimizationAttack:
-    return PointwiseAttack(init_attack=L0BisectorAttack(), **settings)
+def _pointwise_from_bisector(*, seed: int = 0, **settings: Any) -> MinimizationAttack:
+    return PointwiseAttack(init_attack=L0BisectorAttack(), seed=seed, **settings)
 
 
 BOUNDARY = partial(_started, fa.BoundaryAttack)
@@ -411,10 +453,11 @@ def _resolve(factory: Factory) -> Callable[..., Any]:
     return cast(Callable[..., Any], found)
 
 
-def _name(factory: Factory) -> str:
+def factory_name(factory: Factory) -> str:
+    """Where the factory is found, with the arguments that a ``partial`` fixes."""
     if isinstance(factory, str):
         return factory
     if isinstance(factory, partial):
-        parts = (factory.func, *factory.args)
-        return ", ".join(_name(part) if callable(part) else str(part) for part in parts)
+        parts = [factory_name(part) if callable(part) else str(part) for part in (factory.func, *factory.args)]
+        return ", ".join([*parts, *(f"{key}={value!r}" for key, value in sorted(factory.keywords.items()))])
     return f"{factory.__module__}:{factory.__qualname__}"

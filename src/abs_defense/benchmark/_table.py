@@ -63,10 +63,10 @@ def largest_radii(results: Sequence[Result], model: str, norm: str) -> npt.NDArr
 
 
 def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, str]) -> list[Row]:
-    """One row a norm and model: the median distance and the accuracy left at the paper's threshold (1.5, 0.3, 12
-    pixels) under all attacks together, those made for another norm included; the attack that is strongest most often;
-    queries and gradients an image over all attacks; mean radius and certified accuracy at the threshold; what the paper
-    reports for a model of that kind.
+    """One row a norm and model: the clean accuracy; the median distance and the accuracy left at the paper's threshold
+    (1.5, 0.3, 12 pixels) under all attacks together, those made for another norm included; the attack that is strongest
+    most often; queries and gradients an image over all attacks; mean radius and certified accuracy at the threshold;
+    what the paper reports for a model of that kind.
 
     Distances are in pixel values of [0, 1] for L2 and L-infinity, in pixels for L0. A misclassified image has
     distance 0. An image counts as robust at a threshold if its smallest adversarial distance is larger.
@@ -78,6 +78,9 @@ def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[st
             if not ran or not len(data):
                 continue
             row: Row = {"norm": spec.label, "model": model, "images": len(data), "threshold": f"{spec.threshold:g}"}
+            clean = _clean_accuracy(results, model, data)
+            if clean is not None:
+                row["clean accuracy"] = clean
             attacks, distances = found_adversarials(results, model, norm, data) or ([], None)
             smallest = None if distances is None else distances.min(axis=0)
             row["median distance"] = None if smallest is None else float(np.median(smallest))
@@ -111,7 +114,7 @@ def model_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, st
         clean = own.get(CLEAN.name)
         if clean is not None and len(labels):
             done = "predictions" in clean.arrays
-            row["clean accuracy"] = float((clean.arrays["predictions"] == labels).mean()) if done else None
+            row["clean accuracy"] = _clean_accuracy(results, model, data)
             row["median confidence"] = float(np.median(clean.arrays["confidences"])) if done else None
         published = PUBLISHED.get(kinds.get(model, ""))
         if published is not None:
@@ -147,6 +150,14 @@ def attack_rows(results: Sequence[Result]) -> list[Row]:
             }
         )
     return rows
+
+
+def _clean_accuracy(results: Sequence[Result], model: str, data: ImageSet) -> float | None:
+    """None if it was not measured, or failed."""
+    for result in results:
+        if result.model == model and result.attack == CLEAN.name and "predictions" in result.arrays and len(data):
+            return float((result.arrays["predictions"] == data.labels.numpy()).mean())
+    return None
 
 
 def certified(radii: npt.NDArray[np.float64], threshold: float, norm: Norm) -> npt.NDArray[np.bool_]:

@@ -21,12 +21,15 @@ _CHUNK_CPU = 128
 _CHUNK_CUDA = 2048
 _CHUNK_UNROLLED = 16
 
-# How much a descent can still gain after so many steps, in nats: a third more than the most that any of 1500 pairs
-# (BFGS: 3800) of an image (digits, their adversarials, noise) and a class gained.
+# How much a descent can still gain after so many steps, in nats, with 8000 prototypes: a third more than the most that
+# any of 1500 pairs (BFGS: 3800) of an image (digits, their adversarials, noise) and a class gained.
 _MARGINS: dict[str, tuple[tuple[int, float], ...]] = {
     "adam": ((5, 40.0), (10, 35.0), (20, 29.0), (30, 18.0), (40, 7.0)),
     "bfgs": ((2, 40.0), (4, 30.0)),
 }
+
+_MARGINS_PROTOTYPES = 8000
+_PROTOTYPE_EXPONENT = 0.125  # as the distance to the nearest of K samples in 8 dimensions grows
 
 Solver = Literal["adam", "bfgs"]
 
@@ -163,7 +166,10 @@ def _solve(
     compared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Latents ``(C, N, L)`` and energies ``(C, N)`` of images ``(N, 784)``."""
-    contest = None if compared is None else Contest(compared.to(x.dtype), _MARGINS[settings.solver])
+    contest = None
+    if compared is not None:
+        fewer = max(1.0, _MARGINS_PROTOTYPES / prototypes.images.shape[1]) ** _PROTOTYPE_EXPONENT
+        contest = Contest(compared.to(x.dtype), [(step, fewer * gain) for step, gain in _MARGINS[settings.solver]])
     if settings.solver == "adam":
         starts = prototypes.latents_at(prototypes.nearest(x, settings.beta)[0]).to(x.dtype)
         if contest is None:

@@ -14,6 +14,7 @@ from abs_defense.inference._energy import energy, kl_divergence
 
 _DROPPED_FRACTION = 0.1
 _DECODE_CHUNK = 128
+_SEARCH_CHUNK = 1000
 _CANDIDATES = 4
 _FAR_CANDIDATES = 32
 _FAR = 2.5
@@ -36,7 +37,7 @@ class Prototypes:
 
     Attributes:
         latents: z, ``(K, L)`` if the classes share them, else ``(C, K, L)``.
-        images: G_c(z), ``(C, K, 784)``.
+        images: G_c(z), ``(C, K, 784)``; also in half precision, which only the search for starting points may use.
         offsets: ||G_c(z)||^2 + beta KL(z), ``(C, K)``: what the search adds to -2 x . G_c(z).
         curvature: ``(C, L, L)``, what the solver "bfgs" begins with (see ``average_curvature``), or None.
     """
@@ -47,9 +48,12 @@ class Prototypes:
     curvature: Tensor | None = None
 
     @classmethod
-    def decode(cls, decoders: Sequence[ClassDecoder], latents: Tensor, beta: float) -> Prototypes:
-        """Decode ``(K, L)`` latents with every class's decoder, or ``(C, K, L)`` with their own."""
-        images = latents.new_empty(len(decoders), latents.shape[-2], PIXELS)
+    def decode(
+        cls, decoders: Sequence[ClassDecoder], latents: Tensor, beta: float, dtype: torch.dtype | None = None
+    ) -> Prototypes:
+        """Decode ``(K, L)`` latents with every class's decoder, or ``(C, K, L)`` with their own; keep the images as
+        ``dtype``, by default that of the latents."""
+        images = latents.new_empty(len(decoders), latents.shape[-2], PIXELS, dtype=dtype)
         own = latents.expand(len(decoders), -1, -1)
         if latents.device.type == "cpu" and torch.get_num_threads() > 1:
             with one_core_each(min(len(decoders), torch.get_num_threads())) as pool:
@@ -57,7 +61,8 @@ class Prototypes:
         else:
             for decoder, z, target in zip(decoders, own, images, strict=True):
                 _decode(decoder, z, target)
-        offsets = torch.stack([image.square().sum(-1) for image in images]) + beta * kl_divergence(latents)
+        squares = torch.stack([image.to(latents.dtype).square().sum(-1) for image in images])
+        offsets = squares + beta * kl_divergence(latents)
         return cls(latents, images, offsets)
 
     @property
@@ -116,9 +121,12 @@ class Prototypes:
         """Indices of the ``count`` prototypes of lowest energy, as a product in single precision sees it, in
         ascending order: ``(N, count)``."""
         dtype = torch.promote_types(self.images.dtype, images.dtype)
-        points, offsets = self.images[c].to(dtype), self.offsets[c].to(dtype)
-        scores = torch.addmm(offsets, images.to(dtype), points.T, alpha=-2.0)
-        return scores.topk(min(count, len(points)), largest=False).indices
+        images, offsets = images.to(dtype), self.offsets[c].to(dtype)
+        scores = [  # in chunks that stay in a CPU's cache when they are converted
+            torch.addmm(constant, images, points.to(dtype).T, alpha=-2.0)
+            for points, constant in zip(self.images[c].split(_SEARCH_CHUNK), offsets.split(_SEARCH_CHUNK), strict=True)
+        ]
+        return torch.cat(scores, dim=1).topk(min(count, len(offsets)), largest=False).indices
 
     def _best(self, c: int, images: Tensor, candidates: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """The candidate of lowest energy, and that energy, in double precision: ``(N,), (N,)``."""

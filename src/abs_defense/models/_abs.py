@@ -82,7 +82,7 @@ class ABS(Classifier):
     """
 
     prototype_latents: Tensor
-    prototype_images: Tensor
+    _prototype_images: Tensor
     prototype_offsets: Tensor
     curvature: Tensor
     alpha: Tensor
@@ -114,7 +114,7 @@ class ABS(Classifier):
         latents = _prototype_latents(prototypes, self.num_classes, self.latent_dim, seed)
         self.register_buffer("prototype_latents", latents, persistent=False)
         self.to(device_of(self.decoders))
-        for name in ("prototype_images", "prototype_offsets", "curvature"):
+        for name in ("_prototype_images", "prototype_offsets", "curvature"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._decode_prototypes()
         self.register_load_state_dict_post_hook(_decode_prototypes_again)  # type: ignore[no-untyped-call]
@@ -128,12 +128,13 @@ class ABS(Classifier):
         with torch.inference_mode(False), torch.no_grad():
             latents = self.prototype_latents.to(self._dtype)
             decoders = self.decoders.class_decoders()
-            decoded = Prototypes.decode(decoders, latents, self.settings.beta)
-            if self.settings.solver == "bfgs" and self.settings.steps:
+            dtype, bfgs = self.prototype_latents.dtype, self.settings.solver == "bfgs" and self.settings.steps > 0
+            compact = torch.float16 if bfgs and dtype == torch.float32 else dtype
+            decoded = Prototypes.decode(decoders, latents, self.settings.beta, compact)
+            if bfgs:
                 prior = sample_latents(_CURVATURE_SAMPLES, self.latent_dim, self.seed).to(latents)
                 self.curvature = average_curvature(decoders, prior, self.settings.beta)
-        dtype = self.prototype_latents.dtype
-        self.prototype_images, self.prototype_offsets = decoded.images.to(dtype), decoded.offsets.to(dtype)
+        self._prototype_images, self.prototype_offsets = decoded.images, decoded.offsets.to(dtype)
 
     @property
     def num_classes(self) -> int:
@@ -144,6 +145,14 @@ class ABS(Classifier):
     def latent_dim(self) -> int:
         """L, the number of latents of each VAE."""
         return self.decoders.latent_dim
+
+    @property
+    def prototype_images(self) -> Tensor:
+        """G_c(z) of the prototypes, ``(C, K, 784)`` in (0, 1).
+
+        With ``solver="bfgs"``, for which they only are starting points, they are kept in half precision.
+        """
+        return self._prototype_images.to(self.prototype_latents.dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -258,7 +267,7 @@ class ABS(Classifier):
         return energies
 
     def _prototypes(self) -> Prototypes:
-        return Prototypes(self.prototype_latents, self.prototype_images, self.prototype_offsets, self.curvature)
+        return Prototypes(self.prototype_latents, self._prototype_images, self.prototype_offsets, self.curvature)
 
 
 class BinaryABS(ABS):

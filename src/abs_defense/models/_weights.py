@@ -80,7 +80,8 @@ def load_weights(source: str | Path | None) -> Weights:
 
     Raises:
         FileNotFoundError: neither a bundled name nor an existing path.
-        ValueError: the file is truncated, is no such file, is a pickle with code in it, or holds another architecture.
+        ValueError: the file is truncated, is no such file, is a pickle with code in it, or holds another architecture
+            or weights that are not finite.
     """
     if source is None:
         return _untrained()
@@ -188,6 +189,10 @@ def _authors_decoder(path: Path) -> dict[str, Tensor]:
     if not expected <= decoder.keys():
         absent = ", ".join(sorted(prefix + key for key in expected - decoder.keys()))
         raise ValueError(f"{path}: these are the weights of another architecture; it lacks {absent}")
+    try:
+        _check_finite(decoder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return decoder
 
 
@@ -238,9 +243,16 @@ def _load_file(path: Path) -> Weights:
         stack = DecoderStack([tensors[f"weight_{i}"] for i in _LAYERS], [tensors[f"bias_{i}"] for i in _LAYERS])
         calibration = _parse_calibration(metadata.get("calibration", ""), stack.num_classes)
         prototypes = _parse_prototypes(tensors.get(_PROTOTYPES), stack)
+        _check_finite(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Weights(stack, calibration, prototypes)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ValueError(f"expected finite weights, got NaN or infinity in {', '.join(sorted(broken))}")
 
 
 def _parse_prototypes(latents: Tensor | None, stack: DecoderStack) -> Tensor | None:

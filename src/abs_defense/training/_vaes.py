@@ -33,7 +33,8 @@ _LOG_FIELDS = ["epoch", "class", "squared_error", "kl", "kl_weight", "learning_r
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Recipe of the VAEs. The defaults are those of the bundled weights.
+    """Recipe of the VAEs. The defaults are the paper's recipe, as far as it is known; the bundled weights
+    went on from there, see docs/results.md.
 
     From the paper: Adam on squared error (summed over the 784 pixels) plus ``w * KL``, with w falling from
     ``kl_start`` to ``kl_end`` over the first ``kl_epochs`` epochs (linearly: our reading). From the second author's
