@@ -484,6 +484,61 @@ def test_abs_behind_a_flip_is_refused(modules, images, attack):
         ABS_ATTACKS[attack](flipped, images, classify(flipped, images), epsilons=None)
 
 
+class InParts(nn.Module):
+    """Asks its model for one image at a time."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return torch.cat([self.module(part) for part in images.split(1)])
+
+
+class Ensemble(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+
+    def forward(self, images):
+        return torch.stack([module(images) for module in self.members]).mean(0)
+
+
+@pytest.mark.parametrize("attack", ABS_ATTACKS)
+def test_abs_that_is_asked_in_parts(modules, cells, attack):
+    expected = cells(attack, "prototype")
+    model = foolbox_model(InParts(modules["prototype"]))
+    raw, _, success = expected.attack(model, expected.images, expected.labels, epsilons=None)
+    assert success.all()
+    assert_close(lengths(expected.attack, expected.images, raw), expected.lengths(expected.raw), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("attack", ABS_ATTACKS)
+def test_several_abs_models_are_refused(modules, images, attack):
+    model = foolbox_model(Ensemble(modules["prototype"], modules["abs"]))
+    with pytest.raises(ValueError, match=r"one ABS model inside .* called with 2 images, .* called with 2 \+ 2"):
+        ABS_ATTACKS[attack](model, images, classify(model, images), epsilons=None)
+
+
+@pytest.mark.parametrize("attack", ABS_ATTACKS)
+def test_abs_behind_a_sum_of_colours_is_refused(modules, images, attack):
+    grey = foolbox_model(Preprocessed(lambda x: x.mean(1, keepdim=True), modules["prototype"]))
+    coloured = images.expand(-1, 3, -1, -1).clone()
+    with pytest.raises(ValueError, match=r"affine map of each pixel, .* shape \(1, 28, 28\) .* shape \(3, 28, 28\)"):
+        ABS_ATTACKS[attack](grey, coloured, classify(grey, coloured), epsilons=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attack", ABS_ATTACKS)
+def test_images_in_half_precision_cross_the_threshold(modules, models, images, attack, dtype):
+    """Where a margin of 1e-5 is lost in rounding."""
+    x = images.to(dtype)
+    labels = modules["binary"](x).argmax(1)
+    raw, _, success = ABS_ATTACKS[attack](models["binary"], x, labels, epsilons=None)
+    assert success.all()
+    assert raw.dtype == dtype
+
+
 # Latent Descent
 
 

@@ -237,3 +237,15 @@ def test_bundled_baselines_are_as_accurate_as_published(name, published):
     if name not in BUNDLED:
         pytest.skip(f"no weights of {name} are bundled yet")
     assert load_card(name)["test_figures"]["accuracy"] >= published
+
+
+@pytest.mark.parametrize("name", ["cnn", "binary-cnn", "madry"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_in_other_precisions(name, dtype, digits):
+    model = load_model(name)
+    expected = model(digits.images)
+    logits = model.to(dtype)(digits.images)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.5 if dtype == torch.bfloat16 else 1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert load_model(name)(digits.images[:2]).dtype == torch.float32

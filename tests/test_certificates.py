@@ -1186,10 +1186,22 @@ def test_exact_needs_finitely_many_points(descending, few):
         certify(descending["abs"], *few, method="exact")
 
 
+class Squared(ABS):
+    def forward(self, images):
+        return super().forward(images.square())
+
+
 def test_wrong_types_are_refused(models, few):
     images, labels = few
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got Sequential.*pass the module inside"):
         certify(nn.Sequential(models["abs"]), images, labels)
+    squared = Squared(prototypes=4, steps=0)
+    with pytest.raises(TypeError, match=r"model: Squared changes what ABS\.forward sees or returns"):
+        certify(squared, images, labels)
+    hooked = ABS(prototypes=4, steps=0)
+    hooked.register_forward_pre_hook(lambda module, args: (args[0].square(),))
+    with pytest.raises(TypeError, match="a forward pre-hook"):
+        certify(hooked, images, labels)
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got PyTorchModel"):
         certify(fb.PyTorchModel(models["abs"], bounds=(0, 1), device="cpu"), images, labels)
     with pytest.raises(TypeError, match=r"images: expected a torch.Tensor, got ndarray"):

@@ -105,6 +105,23 @@ def test_foolbox_digits_are_foolbox_samples():
     assert torch.equal(digits.labels, labels)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: (x.numpy(), y), TypeError, "images: expected a torch.Tensor, got ndarray"),
+        (lambda x, y: (255 * x, y), ValueError, r"images: expected values in \[0, 1\], got 0 to 255"),
+        (lambda x, y: (x.where(x < 0.5, torch.nan), y), ValueError, r"images: expected values in \[0, 1\]"),
+        (lambda x, y: ((255 * x).byte(), y), ValueError, "expected floating point values .* got torch.uint8"),
+        (lambda x, y: (x[:, 0], y), ValueError, r"of shape \(N, 1, 28, 28\), .* of shape \(20, 28, 28\)"),
+        (lambda x, y: (x, y.int()), ValueError, "labels: expected int64 .* got torch.int32"),
+        (lambda x, y: (x[1:], y), ValueError, "19 images but 20 labels"),
+    ],
+)
+def test_what_is_no_image_set(digits, change, error, message):
+    with pytest.raises(error, match=message):
+        ImageSet(*change(digits.images, digits.labels), "x")
+
+
 def test_sha256_tells_images_apart(digits):
     other = digits.images.clone()
     other[3, 0, 14, 14] = 1.0 - other[3, 0, 14, 14].round()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import eagerpy as ep
 import foolbox as fb
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_a_failing_attack_does_not_stop_the_rest(four, tmp_path):
     assert results[2].errors == ()
     first, second = robustness_rows(results, four, {})
     assert first["median distance"] is None
-    assert format_value("median distance", first["median distance"]) == "failed"
+    assert format_value("median distance", first["median distance"]) == "no result"
     assert second["median distance"] is not None
 
 
@@ -465,6 +466,49 @@ def test_presets_are_sound(preset):
             assert attack.distance.__class__ is NORMS[measurement.norm].distance.__class__ or measurement.norm == "l0"
 
 
+class Outside(fb.attacks.DDNAttack):
+    """Its first image is NaN, its second beyond white, its third a little beyond."""
+
+    def run(self, model, inputs, criterion, **kwargs):
+        found = super().run(model, inputs, criterion, **kwargs).raw.clone()
+        found[0] = torch.nan
+        found[1] = 1.4
+        found[2] = (found[2] + 1e-7) * (1 + 1e-7)
+        return ep.astensor(found)
+
+
+def test_what_is_no_image_is_no_adversarial(four, tmp_path):
+    model = Linear()
+    known = ImageSet(four.images, model(four.images).argmax(1), four.name)
+    attacks = [AttackSpec(kind.__name__, "l2", {"steps": 20}, factory=kind) for kind in (fb.attacks.DDNAttack, Outside)]
+    _, good, bad = evaluate([ModelSpec("linear", Linear)], attacks, known, tmp_path, progress=False)
+    assert bad.errors == ()
+    assert np.isfinite(good.arrays["distances"]).all()
+    assert np.isinf(bad.arrays["distances"][:2]).all()
+    np.testing.assert_array_equal(bad.arrays["adversarials"][:2], four.images[:2].numpy())
+    np.testing.assert_allclose(bad.arrays["distances"][2:], good.arrays["distances"][2:], rtol=1e-3)
+    assert bad.arrays["adversarials"].max() <= 1
+    assert np.isfinite(smallest_distances([good, bad], "linear", "l2", known)).all()
+
+
+def test_an_unfinished_attack_has_no_figures(four, tmp_path):
+    measurements = [replace(m, piece=2) for m in (CLEAN, *FAST[:2])]
+    run_evaluation([TINY], measurements, four, tmp_path, progress=False)
+    next((tmp_path / "pieces").glob("tiny-ddn-00002-*")).unlink()
+    partial = rebuild_report(tmp_path)
+    assert partial.errors == ["tiny: ddn, images 2 to 3: not computed yet"]
+    assert [row["attack"] for row in partial.attacks] == ["linf-fmn"]
+    assert partial.robustness[0]["median distance"] is None
+
+
+def test_a_model_without_right_answers_has_no_success_rate(four, tmp_path):
+    labels = (_tiny()(four.images).argmax(1) + 1) % 10
+    results = evaluate([TINY], (CLEAN, *FAST[:1]), ImageSet(four.images, labels, "wrong"), tmp_path, progress=False)
+    (row,) = attack_rows(results)
+    assert "success rate" not in row
+    assert row["attack"] == "ddn"
+
+
 def test_own_models_and_attacks_from_a_file(tmp_path, digits):
     path = tmp_path / "mine.toml"
     path.write_text(
@@ -494,6 +538,8 @@ def test_own_models_and_attacks_from_a_file(tmp_path, digits):
     [
         ("[[models", "mine.toml: "),
         ("[[modles]]\nname = 'x'", "expected .* got modles"),
+        ("[models]\nname = 'x'", r"models: expected tables \[\[models\]\]"),
+        ("attacks = [1]", r"attacks: expected tables \[\[attacks\]\], got \[1\]"),
         ("[[models]]\nname = 'x'\nfactory = 'nothing:here'", "expected 'package.module:attribute', got 'nothing:here'"),
         ("[[models]]\nname = 'x'\nfactory = 'torch:nn.Linearr'", "got 'torch:nn.Linearr'"),
         ("[[models]]\nname = 'x'\nfactory = 'torch'\ncolour = 1", "x: .*colour"),
@@ -520,6 +566,8 @@ def test_wrong_specifications_are_refused(four, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make_plan([TINY], (CLEAN, attack), four, tmp_path)
+    with pytest.raises(ValueError, match="model 'm': expected a torch module from its factory, got int"):
+        make_plan([ModelSpec("m", int)], (CLEAN,), four, tmp_path)
     with pytest.raises(ValueError, match=r"model 'm': .*colour"):
         make_plan([ModelSpec("m", Linear, {"colour": 1})], (CLEAN,), four, tmp_path)
 
@@ -660,6 +708,22 @@ def test_command_line_evaluates_clean(tmp_path, weights_file):
     assert "clean accuracy" in result.stdout
     assert (tmp_path / "abs-defense-report" / "report.html").is_file()
     assert "prototype-abs: clean" in result.stderr
+
+
+def test_modules_beside_the_command_and_attacks_for_nobody(tmp_path):
+    (tmp_path / "nets.py").write_text((Path(__file__).parent / "linear.py").read_text())
+    toml = "[[models]]\nname = 'mine'\nfactory = 'nets:Linear'\n"
+    (tmp_path / "mine.toml").write_text(toml)
+    result = _run("evaluate", "--add", "mine.toml", "--no-attacks", "--images", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = _run("evaluate", "--model", "abs", "--attack", "pointwise", "--images", 2, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "attack 'pointwise' is for models of kind cnn, binary-cnn, madry, other; none is among abs" in result.stderr
+    attack = "[[attacks]]\nname = 'a'\nnorm = 'l2'\nfactory = 'foolbox.attacks:DDNAttack'\nmodels = ['mine']\n"
+    (tmp_path / "mine.toml").write_text(toml + attack)
+    result = _run("evaluate", "--add", "mine.toml", "--images", 2, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "none is among mine (kind other)" in result.stderr
 
 
 def test_dry_run_prints_the_plan_only(tmp_path, weights_file):

@@ -148,6 +148,18 @@ def test_an_edited_card_is_kept(folder, small_abs):
     assert (folder / "README.md").read_text() == "mine"
 
 
+def test_a_card_that_nobody_edited_follows_the_model(small_abs, random_weights, tmp_path):
+    small_abs.save_pretrained(tmp_path)
+    other = BinaryABS(random_weights(), prototypes=7, steps=1)
+    other.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| prototypes | 7 |" in card
+    assert "Binary ABS" in card
+    (tmp_path / "README.md").write_text(card.replace("Binary", "My binary"))
+    small_abs.save_pretrained(tmp_path)
+    assert "My binary ABS" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("model", "accuracy"),
     [

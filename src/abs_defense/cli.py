@@ -33,7 +33,7 @@ from abs_defense.models import (
 )
 
 if TYPE_CHECKING:
-    from abs_defense.benchmark import Evaluation, Plan
+    from abs_defense.benchmark import Evaluation, Measurement, ModelSpec, Plan
 
 app = typer.Typer(help="The Analysis-by-Synthesis classifier: evaluate, train, inspect.", no_args_is_help=True)
 train_app = typer.Typer(help="Train models.", no_args_is_help=True)
@@ -110,6 +110,8 @@ def evaluate(
         run_evaluation,
     )
 
+    if add is not None:
+        sys.path.insert(0, str(Path.cwd()))  # the modules that the file names
     added_models, added_attacks = load_additions(add) if add is not None else ([], [])
     usual = [n for n in available_models() if weights is None or n != "certified-abs"]
     names = [] if model is None and added_models else _model_names(model, usual)
@@ -120,6 +122,7 @@ def evaluate(
         models = [replace(m, settings=stored) if m.kind == NEAREST_NEIGHBOR else m for m in models]
     models += added_models
     chosen = choose_measurements(preset, attack or (), skip=skip or (), added=added_attacks) if attacks else (CLEAN,)
+    _require_served([m for m in chosen if m.name in (attack or ()) or m in added_attacks], models)
     data = _test_images(data_dir, download)
     data = data if images is None else data.head(images)
     if dry_run:
@@ -137,6 +140,15 @@ def evaluate(
         command=_command(),
     )
     _print_evaluation(result)
+
+
+def _require_served(wanted: Sequence[Measurement], models: Sequence[ModelSpec]) -> None:
+    for measurement in wanted:
+        if not any(measurement.serves(model.kind) for model in models):
+            raise ValueError(
+                f"attack {measurement.name!r} is for models of kind {', '.join(measurement.models)}; none is among "
+                f"{', '.join(f'{m.name} (kind {m.kind})' for m in models)}. Another --preset may have it for all"
+            )
 
 
 @app.command()

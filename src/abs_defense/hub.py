@@ -8,6 +8,7 @@ drawn from the seed) and ``README.md`` (the model card). Nothing is pickled. ``A
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -41,7 +42,8 @@ def save_pretrained(model: ABS, folder: str | Path, **kwargs: Any) -> str | None
 
     Args:
         model: ABS or Binary ABS.
-        folder: made if missing. A ``README.md`` that is there is kept.
+        folder: made if missing. A ``README.md`` that is there is kept, unless an earlier call wrote it and nobody has
+            edited it since.
         kwargs: of ``huggingface_hub.ModelHubMixin.save_pretrained``, such as ``push_to_hub=True``.
 
     Returns:
@@ -51,7 +53,10 @@ def save_pretrained(model: ABS, folder: str | Path, **kwargs: Any) -> str | None
         TypeError: the model is of another class.
         OSError: the folder cannot be written.
     """
-    result: str | None = _HubModel(model).save_pretrained(folder, **kwargs)
+    wrapped, card = _HubModel(model), Path(folder) / CARD
+    if card.is_file() and _is_as_written(card.read_text(encoding="utf-8")):
+        card.unlink()
+    result: str | None = wrapped.save_pretrained(folder, **kwargs)
     return result
 
 
@@ -194,7 +199,18 @@ class _HubModel(ModelHubMixin, library_name="abs-defense", license="apache-2.0")
             settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
             figures=figures,
         )
-        return ModelCard(text)
+        body = str(ModelCard(text))
+        return ModelCard(f"{body}\n<!-- abs-defense {_digest(body)} (replaced by the next save unless edited) -->\n")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()
+
+
+def _is_as_written(card: str) -> bool:
+    """Whether a card is one of ours that nobody has edited."""
+    body, mark, rest = card.rpartition("\n<!-- abs-defense ")
+    return bool(mark) and rest.split(" ")[0] == _digest(body)
 
 
 _CARD = """---

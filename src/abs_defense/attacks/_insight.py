@@ -89,6 +89,11 @@ class Insight:
         with listen() as heard:
             model(ep.stack([ep.full_like(x[0], lower), ep.full_like(x[0], upper)]))
         ends = _heard(heard, 2).images
+        if tuple(x.shape[1:]) != tuple(ends.shape[1:]):
+            raise ValueError(
+                f"preprocessing: expected an affine map of each pixel, but the model makes images of shape "
+                f"{tuple(ends.shape[1:])} of those of shape {tuple(x.shape[1:])}"
+            )
         self.scale = (ends[1] - ends[0]) / (upper - lower)
         self.shift = ends[0] - self.scale * lower
         with listen() as heard:
@@ -120,27 +125,36 @@ class Insight:
         """The problems of all images, for the programs."""
         x = self._x.double().flatten(1)
         scale, shift = self.scale.double().flatten(), self.shift.double().flatten()
-        observation = self.clean_observation
+        observation, margin = self.clean_observation, self.representable(margin)
         return Setting(
             x, scale * x + shift, seen_images(observation), scale, self._bounds, observation.threshold, margin
         )
+
+    def representable(self, margin: float) -> float:
+        """The margin, in the model's units, or if it is larger what the rounding of the attack's images may move."""
+        spacing = torch.finfo(self._x.dtype).eps * max(abs(bound) for bound in self._bounds)
+        return max(margin, 2.0 * spacing * float(self.scale.abs().max()))
 
     def from_model(self, images: Tensor, x: Tensor) -> Tensor:
         """Pixels of the model in the attack's space; where the model does not see them, those of ``x``."""
         seen = self.scale != 0
         scale = torch.where(seen, self.scale, 1.0)
-        return torch.where(seen, ((images - self.shift) / scale).clamp(*self._bounds), x)
+        return torch.where(seen, ((images - self.shift) / scale).clamp(*self._bounds), x).to(x.dtype)
 
 
 def _heard(heard: list[Observation], count: int) -> Observation:
-    for observation in reversed(heard):
-        if len(observation.images) == count:
-            return observation
-    raise ValueError(
-        "model: expected one with ABS or Binary ABS inside, but no inference result was published during its call"
-        if not heard
-        else f"model: called with {count} images, but ABS inside it was called with {len(heard[-1].images)}"
-    )
+    """What was heard during one call with ``count`` images, also if the model took them in several parts."""
+    if not heard:
+        raise ValueError(
+            "model: expected one with ABS or Binary ABS inside, but no inference result was published during its call"
+        )
+    sizes = [len(observation.images) for observation in heard]
+    if sum(sizes) != count:
+        raise ValueError(
+            f"model: expected one ABS model inside that is called once with every image; called with {count} images, "
+            f"but ABS inside it was called with {' + '.join(map(str, sizes))}"
+        )
+    return heard[0] if len(heard) == 1 else Observation.concatenate(heard)
 
 
 def bisect(insight: Insight, inner: Tensor, outer: Tensor, rows: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,8 @@ class LatentDescentAttack(ContractAttack):
         if threshold is not None:
             image = insight.to_model(original[rows])
             wanted = reconstruction > threshold
-            across = torch.where(wanted, threshold + self.margin, threshold - self.margin)
+            margin = insight.representable(self.margin)
+            across = torch.where(wanted, threshold + margin, threshold - margin)
             reconstruction = torch.where(wanted == (image > threshold), image, across)
         return insight.from_model(reconstruction, original[rows])
 

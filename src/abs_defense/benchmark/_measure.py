@@ -31,6 +31,7 @@ from abs_defense.models import ABS, Classifier, device_of, state_sha256
 OnQueries = Callable[[int], None]
 _FINITE_DIFFERENCE_CHUNK = 1568
 _PROBE_IMAGES = 20
+_ROUNDING = 1e-5
 
 
 def measure(
@@ -39,7 +40,8 @@ def measure(
     """Measure. All arrays have one row an image but ``seconds``, of computing, which has one.
 
     - clean: ``predictions``, ``confidences``;
-    - attacks: ``distances`` (0 for images that are misclassified as they are, infinity where the attack failed),
+    - attacks: ``distances`` (0 for images that are misclassified as they are, infinity where the attack failed or left
+      [0, 1]),
       ``adversarials``, which for a model with ``binary_threshold`` went through ``snap_to_threshold``;
     - certificates: ``radius``, ``correct``, ``rival``, ``proved``;
     - distal adversarials: ``adversarials``, ``confidences``, ``predictions``, ``fooled``; a row a noise image;
@@ -140,6 +142,7 @@ def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, seed: int)
         FiniteDifferenceModel(counter, chunk=_FINITE_DIFFERENCE_CHUNK) if spec.gradient == "estimated" else counter
     )
     adversarials, _, _ = spec.make(x.device, seed)(attacked, x, y, epsilons=None)
+    adversarials = _images_only(adversarials, x)
     threshold = getattr(model, "binary_threshold", None)
     with torch.no_grad():
         fooled = model(adversarials).argmax(1) != y
@@ -156,6 +159,12 @@ def _attack(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, seed: int)
         "adversarials": adversarials.cpu().numpy(),
         **_counts(counter.queries, counter.gradients),
     }
+
+
+def _images_only(adversarials: Tensor, x: Tensor) -> Tensor:
+    """Where an attack left [0, 1] by more than rounding, or gave NaN, it found nothing: the original."""
+    inside = ((adversarials >= -_ROUNDING) & (adversarials <= 1.0 + _ROUNDING)).flatten(1).all(dim=1)
+    return torch.where(inside[:, None, None, None], adversarials.clamp(0.0, 1.0), x)
 
 
 def _certify(spec: CertificateSpec, model: nn.Module, x: Tensor, y: Tensor) -> Arrays:

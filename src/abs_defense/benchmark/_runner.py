@@ -134,8 +134,8 @@ class Result:
         model: name of the model.
         attack: name of the measurement.
         norm: of distances or radii, None for none.
-        arrays: per image, see ``measure``; empty if a piece failed. But in an attack that failed on some pieces only,
-            their images have an infinite distance, or 0 if they are misclassified as they are.
+        arrays: per image, see ``measure``; empty if a piece failed or is not computed yet. But in an attack that failed
+            on some pieces only, their images have an infinite distance, or 0 if they are misclassified as they are.
         seconds: of computing, summed over pieces.
         errors: of the pieces that failed.
     """
@@ -336,7 +336,10 @@ def gather(
     data: ImageSet,
     failures: Mapping[str, str] | None = None,
 ) -> list[Result]:
-    """The results of all pieces: those in the store; for the others the ``failures`` by file say why they have none."""
+    """The results of all pieces: those in the store; for the others the ``failures`` by file say why they have none.
+
+    A piece that is not computed yet says nothing about its images, so its measurement has no result.
+    """
     failures = failures or {}
     groups: dict[tuple[str, str], list[Record]] = {(model, CLEAN.name): [] for model in models}
     for record in records:
@@ -347,7 +350,8 @@ def gather(
         found = [store.load_file(record.file) for record in group]
         absent = [record for record, arrays in zip(group, found, strict=True) if arrays is None]
         errors = tuple(failures.get(record.file, _not_computed(record)) for record in absent)
-        usable = len(absent) < len(group) and (not absent or group[0].attack)
+        unknown = any(record.file not in failures for record in absent)
+        usable = len(absent) < len(group) and (not absent or (group[0].attack and not unknown))
         parts = [
             _nothing_found(data, misclassified[model], slice(record.start, record.stop)) if arrays is None else arrays
             for record, arrays in zip(group, found, strict=True)

@@ -83,6 +83,10 @@ class ModelSpec:
             model: nn.Module = _resolve(self.factory)(**self.settings)
         except TypeError as error:
             raise ValueError(f"model {self.name!r}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model {self.name!r}: expected a torch module from its factory, got {type(model).__name__}"
+            )
         return model.eval()
 
 
@@ -421,6 +425,9 @@ def load_additions(path: str | Path) -> tuple[list[ModelSpec], list[Measurement]
     unknown = raw.keys() - {"models", "attacks"}
     if unknown:
         raise ValueError(f"{path}: expected [[models]] and [[attacks]], got {', '.join(sorted(unknown))}")
+    for table, entries in raw.items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path}: {table}: expected tables [[{table}]], got {entries!r}")
     models = [_entry(path, ModelSpec, entry) for entry in raw.get("models", [])]
     attacks = [_entry(path, AttackSpec, entry) for entry in raw.get("attacks", [])]
     for attack in attacks:

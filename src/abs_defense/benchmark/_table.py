@@ -130,25 +130,21 @@ def model_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[str, st
 
 def attack_rows(results: Sequence[Result]) -> list[Row]:
     """One row a model and attack: norm, success rate and median distance over the images that the model classifies
-    correctly, queries and gradients an image, seconds."""
+    correctly (if there are any), queries and gradients an image, seconds."""
     rows: list[Row] = []
     for result in results:
         if "distances" not in result.arrays:
             continue
         distances = result.arrays["distances"]
         attacked = distances[distances > 0]
-        rows.append(
-            {
-                "model": result.model,
-                "attack": result.attack,
-                "norm": NORMS[cast(Norm, result.norm)].label,
-                "success rate": float(np.isfinite(attacked).mean()) if len(attacked) else None,
-                "median distance": float(np.median(attacked)) if len(attacked) else None,
-                "queries per image": _mean(result, "queries"),
-                "gradients per image": _mean(result, "gradients"),
-                "seconds": result.seconds,
-            }
-        )
+        row: Row = {"model": result.model, "attack": result.attack, "norm": NORMS[cast(Norm, result.norm)].label}
+        if len(attacked):
+            row["success rate"] = float(np.isfinite(attacked).mean())
+            row["median distance"] = float(np.median(attacked))
+        row["queries per image"] = _mean(result, "queries")
+        row["gradients per image"] = _mean(result, "gradients")
+        row["seconds"] = result.seconds
+        rows.append(row)
     return rows
 
 
@@ -179,7 +175,7 @@ def _mean(result: Result, what: str) -> float:
 def format_value(column: str, value: float | str | None) -> str:
     """A cell as it is printed."""
     if value is None:
-        return "failed"
+        return "no result"
     if isinstance(value, str):
         return value
     if "accuracy" in column or "rate" in column:

@@ -107,7 +107,8 @@ def certify(
         The certificate, on the device of the model.
 
     Raises:
-        TypeError: the model is a wrapper around ABS, or something else; the images or labels are no tensors.
+        TypeError: the model is a wrapper around ABS, a subclass with a forward of its own, or something else; the
+            images or labels are no tensors.
         ValueError: unknown norm or method, a method that does not serve the norm or the model, wrong images, labels
             of another shape or type or out of range.
     """
@@ -241,6 +242,11 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
     if not isinstance(model, ABS):
         raise TypeError(
             f"model: expected ABS or BinaryABS, got {type(model).__name__}; for a wrapped model pass the module inside"
+        )
+    if type(model).forward is not ABS.forward or model._forward_pre_hooks:
+        raise TypeError(
+            f"model: {type(model).__name__} changes what ABS.forward sees or returns (a subclass with its own forward, "
+            "or a forward pre-hook), of which a certificate says nothing"
         )
     if norm not in NORM_NAMES:
         raise ValueError(f"norm: expected one of {', '.join(NORM_NAMES)}, got {norm!r}")

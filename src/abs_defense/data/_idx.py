@@ -28,6 +28,10 @@ class ImageSet:
         images: ``(N, 1, 28, 28)``, float32 in [0, 1].
         labels: ``(N,)``, int64.
         name: what the images are, for tables and manifests.
+
+    Raises:
+        TypeError: images or labels are no tensors.
+        ValueError: they have another shape or type, values outside [0, 1], or different numbers.
     """
 
     images: Tensor
@@ -35,6 +39,23 @@ class ImageSet:
     name: str
 
     def __post_init__(self) -> None:
+        for name, value in {"images": self.images, "labels": self.labels}.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{self.name}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+        if self.images.shape[1:] != (1, 28, 28) or not self.images.is_floating_point():
+            raise ValueError(
+                f"{self.name}: images: expected floating point values of shape (N, 1, 28, 28), got {self.images.dtype} "
+                f"of shape {tuple(self.images.shape)}"
+            )
+        if self.images.numel():
+            low, high = (float(value) for value in self.images.aminmax())
+            if not (low >= 0.0 and high <= 1.0):
+                raise ValueError(f"{self.name}: images: expected values in [0, 1], got {low:g} to {high:g}")
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise ValueError(
+                f"{self.name}: labels: expected int64 of shape (N,), got {self.labels.dtype} of shape "
+                f"{tuple(self.labels.shape)}"
+            )
         if len(self.images) != len(self.labels):
             raise ValueError(
                 f"{self.name}: {len(self.images)} images but {len(self.labels)} labels; "

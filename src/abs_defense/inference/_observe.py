@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from abs_defense.inference._infer import Inference
@@ -29,6 +31,22 @@ class Observation:
     threshold: float | None
     gamma: Tensor
     eta: float
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Observation]) -> Observation:
+        """One observation of several calls of the same model.
+
+        Raises:
+            ValueError: they are of models that binarise or scale differently.
+        """
+        first = parts[0]
+        if any(p.threshold != first.threshold or not torch.equal(p.gamma, first.gamma) for p in parts):
+            raise ValueError("model: expected one ABS model inside, got several that binarise or scale differently")
+        inference = Inference(
+            *(torch.cat([getattr(p.inference, f.name) for p in parts]) for f in dataclasses.fields(Inference))
+        )
+        images = torch.cat([p.images for p in parts])
+        return cls(images, inference, first.threshold, first.gamma, first.eta)
 
 
 _listeners: ContextVar[tuple[list[Observation], ...]] = ContextVar("abs_defense_listeners", default=())

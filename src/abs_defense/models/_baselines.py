@@ -50,8 +50,9 @@ class Network(Classifier):
             TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
         """
         check_images(images)
-        logits: Tensor = self.layers(self.see(images.float()))
-        return logits.flatten(1)
+        weight = next(self.layers.parameters())
+        logits: Tensor = self.layers(self.see(images.to(weight.dtype)))
+        return logits.flatten(1).float()
 
 
 class CNN(Network):
