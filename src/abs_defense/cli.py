@@ -167,14 +167,16 @@ def _print_evaluation(result: Evaluation) -> None:
     _print_rows(console, "models", result.models)
     for norm in dict.fromkeys(row["norm"] for row in result.robustness):
         rows = [row for row in result.robustness if row["norm"] == norm]
-        shown = [{c: v for c, v in row.items() if c not in ("norm", "threshold")} for row in rows]
-        title = f"{norm}: the strongest attack for each image counts; accuracy at {rows[0]['threshold']}"
-        _print_rows(console, title, [{c: v for c, v in row.items() if "certif" not in c} for row in shown])
-        certified = [{c: v for c, v in row.items() if c == "model" or "certif" in c} for row in shown]
-        _print_rows(console, f"{norm}: certified radii", [row for row in certified if len(row) > 1])
+        hidden = {"norm", "threshold", "clean accuracy"}
+        radii = {c for row in rows for c in row if "certif" in c or "bound" in c}
+        title = f"{norm}: the smallest adversarial of each image counts; accuracy at {rows[0]['threshold']}"
+        _print_rows(console, title, [{c: v for c, v in row.items() if c not in hidden | radii} for row in rows])
+        certified = [row for row in rows if "certificate" in row]
+        shown = [{c: v for c, v in row.items() if c == "model" or c in radii} for row in certified]
+        _print_rows(console, f"{norm}: certified radii", shown)
     _print_rows(console, "each attack, over the images classified correctly", result.attacks)
     for error in result.errors:
-        console.print(f"[red]failed: {_escape(error)}[/]")
+        console.print(f"[red]no result: {_escape(error)}[/]")
     console.print(f"report: {_escape(str(result.report))}", soft_wrap=True)
     if result.errors:
         raise typer.Exit(1)
@@ -211,20 +213,23 @@ def certify(
     _require_choice(norm, NORM_NAMES, "--norm")
     _require_choice(method, METHODS, "--method")
     data = _test_images(data_dir, download)
-    result = run_certification(
-        names,
-        data if images is None else data.head(images),
-        out,
-        norm=cast(Any, norm),
-        method=cast(Any, method),
-        seeds=seeds,
-        anchors=anchors,
-        starts=starts,
-        weights=weights,
-        device=_device(device),
-        seed=seed,
-        command=_command(),
-    )
+    try:
+        result = run_certification(
+            names,
+            data if images is None else data.head(images),
+            out,
+            norm=cast(Any, norm),
+            method=cast(Any, method),
+            seeds=seeds,
+            anchors=anchors,
+            starts=starts,
+            weights=weights,
+            device=_device(device),
+            seed=seed,
+            command=_command(),
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     console = Console()
     console.print(_models_table(f"{data.name}: certified radii", result.rows))
     console.print(f"results: {_escape(str(result.folder))}", soft_wrap=True)

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from abs_defense._files import replace_atomically
-from abs_defense.benchmark._published import PUBLISHED
+from abs_defense.benchmark._published import PUBLISHED, PUBLISHED_BOUND
 from abs_defense.benchmark._runner import Result
 from abs_defense.benchmark._suite import CLEAN, DISTAL, NORMS
 from abs_defense.certificates import Norm
@@ -99,6 +99,9 @@ def robustness_rows(results: Sequence[Result], data: ImageSet, kinds: Mapping[st
             if published is not None:
                 row["published median"] = published.median
                 row["published accuracy"] = published.accuracy
+            bound = PUBLISHED_BOUND.get(kinds.get(model, ""))
+            if norm == "l2" and bound is not None:
+                row["published mean bound"] = bound
             rows.append(row)
     return rows
 
@@ -182,7 +185,7 @@ def format_value(column: str, value: float | str | None) -> str:
         return f"{100 * value:.1f} %" if value < 0.9995 or value == 1.0 else f"{100 * value:.2f} %"
     if column in ("images", "queries per image", "gradients per image", "seconds"):
         return f"{value:.0f}"
-    if "radius" in column:
+    if "radius" in column or "bound" in column:
         return f"{value:.3f}"
     return "none found" if np.isinf(value) else f"{value:.3g}"
 
