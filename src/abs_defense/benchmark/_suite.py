@@ -182,8 +182,8 @@ class AttackSpec(Measurement):
                 epsilons.
         """
         factory = _resolve(self.factory)
-        own = {"seed": seed} if "seed" in inspect.signature(factory).parameters else {}
         try:
+            own = {"seed": seed} if "seed" in inspect.signature(factory).parameters else {}
             attack = factory(**{**own, **self.settings})
             if self.surrogate is None and not isinstance(attack, FixedEpsilonAttack):
                 return cast(MinimizationAttack, attack)
@@ -468,4 +468,5 @@ def factory_name(factory: Factory) -> str:
     if isinstance(factory, partial):
         parts = [factory_name(part) if callable(part) else str(part) for part in (factory.func, *factory.args)]
         return ", ".join([*parts, *(f"{key}={value!r}" for key, value in sorted(factory.keywords.items()))])
-    return f"{factory.__module__}:{factory.__qualname__}"
+    named: Any = factory if hasattr(factory, "__qualname__") else type(factory)
+    return f"{named.__module__}:{named.__qualname__}"
