@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 10
+_SHOWN_SHARE = 0.98
 
 
 def reconstruction_figure(title: str, images: Tensor, labels: Tensor, inference: Inference) -> Figure:
@@ -120,13 +121,13 @@ def curve_figure(
 def _accuracy_left(
     axis: Axes, distances: npt.NDArray[Any], color: str, label: str | None, linestyle: str = "-"
 ) -> float:
-    """Draw one curve; the largest finite distance."""
+    """Draw one curve; the distance that few images exceed."""
     finite = np.sort(distances[np.isfinite(distances)])
     left = 1.0 - np.arange(1, len(finite) + 1) / len(distances)
     start = 1.0 - float((distances == 0).mean())
     x, y = np.r_[0.0, finite], 100 * np.r_[start, left]
     axis.step(x, y, where="post", label=label, color=color, linestyle=linestyle, linewidth=1.4)
-    return float(finite.max(initial=0.0))
+    return float(np.quantile(finite, _SHOWN_SHARE)) if len(finite) else 0.0
 
 
 def distal_figure(results: Sequence[Result]) -> Figure | None:
