@@ -239,6 +239,12 @@ def test_bundled_baselines_are_as_accurate_as_published(name, published):
     assert load_card(name)["test_figures"]["accuracy"] >= published
 
 
+def test_pixels_are_binarised_before_they_are_rounded(digits):
+    model = load_model("binary-cnn").bfloat16()
+    above = digits.images.where(digits.images <= 0.5, 0.501)  # 0.5 in bfloat16
+    assert torch.equal(model(above), model((digits.images > 0.5).float()))
+
+
 @pytest.mark.parametrize("name", ["cnn", "binary-cnn", "madry"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_networks_in_other_precisions(name, dtype, digits):

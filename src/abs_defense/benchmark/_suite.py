@@ -291,7 +291,7 @@ QUICK: Sequence[Measurement] = (
     _attack("linf-fmn", "linf", fa.LInfFMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
     _attack("l0-bisector", "l0", L0BisectorAttack, 10, models=ABS_NAMES, steps=8, rivals=1),
     _attack("l0-fmn", "l0", fa.L0FMNAttack, 32, 30, models=NETWORK_KINDS, steps=30),
-    # Gradients through a threshold mislead; nearest neighbour is slow.
+    # Without gradients; nearest neighbour is slow.
     _attack("pointwise-l2", "l2", L2_POINTWISE, 350, models=("cnn", "binary-cnn", "madry", "other"), start_draws=20),
     _attack("pointwise", "l0", PointwiseAttack, 300, models=("cnn", "binary-cnn", "madry", "other"), start_draws=20),
     CertificateSpec("bisector-l2", "l2", models=PROTOTYPE_NAMES),

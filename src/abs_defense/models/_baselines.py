@@ -50,8 +50,8 @@ class Network(Classifier):
             TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
         """
         check_images(images)
-        weight = next(self.layers.parameters())
-        logits: Tensor = self.layers(self.see(images.to(weight.dtype)))
+        dtype = next(self.layers.parameters()).dtype
+        logits: Tensor = self.layers(self.see(images).to(dtype))
         return logits.flatten(1).float()
 
 
