@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 10
-_SHOWN_SHARE = 0.98
+_SHOWN_THRESHOLDS = 4
 
 
 def reconstruction_figure(title: str, images: Tensor, labels: Tensor, inference: Inference) -> Figure:
@@ -109,7 +109,8 @@ def curve_figure(
                 points = [(published.median, 50.0), (threshold, 100 * published.accuracy)]
                 axis.plot(*zip(*points, strict=True), "x", color=color, alpha=0.6)
         axis.axvline(threshold, color="0.6", linestyle=":", linewidth=1)
-        axis.set(xlabel=f"{NORMS[norm].label} distance", ylim=(0, 102), xlim=(0, 1.05 * largest))
+        shown = min(1.05 * largest, _SHOWN_THRESHOLDS * threshold)
+        axis.set(xlabel=f"{NORMS[norm].label} distance", ylim=(0, 102), xlim=(0, shown))
         axis.set_title(NORMS[norm].label, fontsize=9)
     panels[0].set_ylabel("accuracy left (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
@@ -121,13 +122,13 @@ def curve_figure(
 def _accuracy_left(
     axis: Axes, distances: npt.NDArray[Any], color: str, label: str | None, linestyle: str = "-"
 ) -> float:
-    """Draw one curve; the distance that few images exceed."""
+    """Draw one curve; the largest finite distance."""
     finite = np.sort(distances[np.isfinite(distances)])
     left = 1.0 - np.arange(1, len(finite) + 1) / len(distances)
     start = 1.0 - float((distances == 0).mean())
     x, y = np.r_[0.0, finite], 100 * np.r_[start, left]
     axis.step(x, y, where="post", label=label, color=color, linestyle=linestyle, linewidth=1.4)
-    return float(np.quantile(finite, _SHOWN_SHARE)) if len(finite) else 0.0
+    return float(finite.max(initial=0.0))
 
 
 def distal_figure(results: Sequence[Result]) -> Figure | None:
