@@ -162,6 +162,25 @@ def report(
     _print_evaluation(rebuild_report(folder, curves=None if curves is None else load_curves(curves)))
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Of evaluations of the same images.")],
+    style: Annotated[
+        str, typer.Option("--format", help="Of the tables: simple, github, latex_booktabs, tsv, ... (tabulate's).")
+    ] = "simple",
+) -> None:
+    """Evaluations side by side: the paper's table, a column a model; and models of one name, image by image."""
+    from tabulate import tabulate, tabulate_formats
+
+    from abs_defense.benchmark import compare_evaluations
+
+    _require_choice(style, tabulate_formats, "--format")
+    comparison = compare_evaluations(folders)
+    for rows in (comparison.table, comparison.pairs):
+        if rows:
+            typer.echo(tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True) + "\n")
+
+
 def _print_evaluation(result: Evaluation) -> None:
     console = _console()
     _print_rows(console, "models", result.models)

@@ -1,7 +1,8 @@
 """Evaluation: models x measurements -> finished pieces on disk -> tables, pictures, report."""
 
 from abs_defense.benchmark._certify import Certification, run_certification
-from abs_defense.benchmark._job import Evaluation, rebuild_report, run_evaluation
+from abs_defense.benchmark._compare import Comparison, compare_evaluations
+from abs_defense.benchmark._job import Evaluation, Finished, read_evaluation, rebuild_report, run_evaluation
 from abs_defense.benchmark._published import PUBLISHED, Published, load_curves
 from abs_defense.benchmark._ray import ray_executor
 from abs_defense.benchmark._runner import Failure, Piece, Plan, Result, evaluate, make_plan, run_plan
@@ -38,9 +39,11 @@ __all__ = [
     "AttackSpec",
     "CertificateSpec",
     "Certification",
+    "Comparison",
     "DistalSpec",
     "Evaluation",
     "Failure",
+    "Finished",
     "Measurement",
     "ModelSpec",
     "Piece",
@@ -49,6 +52,7 @@ __all__ = [
     "Result",
     "attack_rows",
     "choose_measurements",
+    "compare_evaluations",
     "evaluate",
     "format_value",
     "formatted",
@@ -58,6 +62,7 @@ __all__ = [
     "model_rows",
     "our_model",
     "ray_executor",
+    "read_evaluation",
     "rebuild_report",
     "robustness_rows",
     "run_certification",

@@ -131,18 +131,45 @@ def rebuild_report(out: str | Path, *, curves: Mapping[tuple[str, Norm], Curve] 
         OSError: the folder cannot be written.
     """
     folder = Path(out)
+    found = read_evaluation(folder)
+    require_writable_folder(folder)
+    return _write(folder, found.results, found.data, found.kinds, found.manifest, curves)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is finished of an evaluation.
+
+    Attributes:
+        results: of every measurement that was planned.
+        data: images and labels.
+        kinds: of the models, by name.
+        manifest: settings, versions, command.
+    """
+
+    results: list[Result]
+    data: ImageSet
+    kinds: dict[str, str]
+    manifest: dict[str, Any]
+
+
+def read_evaluation(folder: str | Path) -> Finished:
+    """Read a folder of ``run_evaluation``, also while it runs or after it was stopped.
+
+    Raises:
+        FileNotFoundError: the folder holds no evaluation.
+    """
+    folder = Path(folder)
     missing = [name for name in (PLAN, MANIFEST, IMAGES) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no evaluation: {', '.join(missing)} not found")
-    require_writable_folder(folder)
     records = [Record(**raw) for raw in json.loads((folder / PLAN).read_text())]
     manifest = json.loads((folder / MANIFEST).read_text())
     with np.load(folder / IMAGES) as file:
         images, labels = (torch.from_numpy(file[name]) for name in ("images", "labels"))
     data = ImageSet(images, labels, manifest["data"]["name"])
     kinds = {record.model: record.kind for record in records}
-    results = gather(records, list(kinds), Store(folder / PIECES), data)
-    return _write(folder, results, data, kinds, manifest, curves)
+    return Finished(gather(records, list(kinds), Store(folder / PIECES), data), data, kinds, manifest)
 
 
 def _write(

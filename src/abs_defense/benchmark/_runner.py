@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from abs_defense._files import require_writable_folder
 from abs_defense._versions import versions
 from abs_defense.benchmark._measure import OnQueries, Speed, describe, measure, probe
 from abs_defense.benchmark._store import Arrays, PieceKey, Store
@@ -170,7 +171,7 @@ def make_plan(
         for name in names:
             if not name or set(name) & set("/\\\0"):
                 raise ValueError(f"{what}: expected names that can be part of a file's, got {name!r}")
-    store = Store(Path(out) / PIECES)
+    store = Store(require_writable_folder(Path(out) / PIECES))
     device = torch.device(device)
     built: dict[str, nn.Module] = {}
     pieces = []

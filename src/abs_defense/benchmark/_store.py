@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from abs_defense._files import replace_atomically, require_writable_folder
+from abs_defense._files import replace_atomically
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Store:
-    """A folder of pieces, each one ``.npz`` with its arrays and, as ``manifest``, its key as JSON.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """A folder of pieces, each one ``.npz`` with its arrays and, as ``manifest``, its key as JSON."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = require_writable_folder(folder)
+        self.folder = Path(folder)
 
     def load(self, key: PieceKey) -> Arrays | None:
         """The arrays of a finished piece, or None if it is not there or not readable."""
