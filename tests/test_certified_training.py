@@ -147,6 +147,9 @@ def test_command(weights, tmp_path):
     test = load_idx_dataset(folder, "test")
     radius = certify(model, test.images, test.labels).radius
     assert card["test_figures"]["mean certified radius, L2"] == pytest.approx(float(radius.mean()), abs=1e-3)
+    save_weights(tmp_path / "bare.safetensors", replace(weights, prototypes=None))
+    with pytest.raises(ValueError, match="expected some of abs-defense train certified, with their prototypes"):
+        load_model("certified-abs", weights=tmp_path / "bare.safetensors")
 
 
 def test_average(weights, tmp_path):

@@ -19,11 +19,21 @@ def _prototype_abs(weights: str | Path | Weights, **settings: Any) -> ABS:
     return ABS(loaded, prototypes=8000 if loaded.prototypes is None else loaded.prototypes, steps=0, **settings)
 
 
+def _certified_abs(weights: str | Path | Weights, **settings: Any) -> ABS:
+    loaded = weights if isinstance(weights, Weights) else load_weights(weights)
+    if loaded.prototypes is None:
+        raise ValueError(
+            "weights: expected some of abs-defense train certified, with their prototypes, got weights without any; "
+            "load_model('prototype-abs', weights=...) takes samples of the prior instead"
+        )
+    return _prototype_abs(loaded, **settings)
+
+
 _ABS_MODELS: dict[str, Callable[..., ABS]] = {
     "abs": ABS,
     "binary-abs": BinaryABS,
     "prototype-abs": _prototype_abs,
-    "certified-abs": _prototype_abs,
+    "certified-abs": _certified_abs,
 }
 _DEFAULT_WEIGHTS = {"certified-abs": "certified"}
 
