@@ -112,7 +112,7 @@ def test_the_wish_ends_with_its_block(images):
 
 
 def test_pointwise_finds_the_same_with_less_work(digits, decoded, monkeypatch):
-    wrapped = fb.PyTorchModel(ABS(prototypes=50, steps=10), bounds=(0, 1), device="cpu")
+    wrapped = fb.PyTorchModel(ABS(prototypes=500), bounds=(0, 1), device="cpu")
     attack = PointwiseAttack(restarts=1, max_queries=25)
     found, _, success = attack(wrapped, digits.images[:2], digits.labels[:2], epsilons=None)
     hasty, decoded[0] = decoded[0], 0

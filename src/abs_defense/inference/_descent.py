@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from abs_defense._threads import one_core_each
 from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._pairs import Pairs
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
+_CHUNK_CPU = 64  # what of one class's activations stays in the cache
 
 
 def project_to_ball(latents: Tensor, radius: float) -> Tensor:
@@ -52,16 +55,28 @@ def descend(
         ``(C, N, L)``.
     """
 
-    joint = JointDecoder.of(decoders) if JointDecoder.is_faster([len(images)] * len(decoders)) else None
+    classes, cores = len(decoders), torch.get_num_threads()
+    if JointDecoder.is_faster([len(images)] * classes) and (joint := JointDecoder.of(decoders)) is not None:
 
-    def gradient(z: Tensor) -> Tensor:
-        if joint is not None:
-            errors = joint.squared_error_and_gradient(z, images)[1]
-        else:
-            errors = torch.stack([d.squared_error_gradient(part, images) for d, part in zip(decoders, z, strict=True)])
-        return (errors + beta * z) / PIXELS
+        def joint_gradient(z: Tensor) -> Tensor:
+            return (joint.squared_error_and_gradient(z, images)[1] + beta * z) / PIXELS
 
-    return adam_in_ball(gradient, latents, steps=steps, lr=lr, radius=radius)
+        return adam_in_ball(joint_gradient, latents, steps=steps, lr=lr, radius=radius)
+
+    parts = 1 if images.is_cuda else max(1, math.ceil(len(images) / _CHUNK_CPU))
+    split_images = images.tensor_split(parts)
+
+    def one_class(decoder: ClassDecoder, start: Tensor) -> Tensor:
+        def gradient(z: Tensor) -> Tensor:
+            split = zip(z.tensor_split(parts), split_images, strict=True)
+            return (torch.cat([decoder.squared_error_gradient(some, x) for some, x in split]) + beta * z) / PIXELS
+
+        return adam_in_ball(gradient, start, steps=steps, lr=lr, radius=radius)
+
+    if images.is_cuda or classes == 1 or cores == 1 or torch.is_grad_enabled():
+        return torch.stack([one_class(d, start) for d, start in zip(decoders, latents, strict=True)])
+    with one_core_each(min(classes, cores)) as pool:
+        return torch.stack(list(pool.map(torch.no_grad()(one_class), decoders, latents)))
 
 
 def adam_in_ball(

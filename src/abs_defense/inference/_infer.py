@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from abs_defense._threads import one_core_each
 from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._descent import descend, descend_while_open
@@ -20,6 +21,7 @@ from abs_defense.inference._quasi_newton import minimise
 _CHUNK_CPU = 128
 _CHUNK_CUDA = 2048
 _CHUNK_UNROLLED = 16
+_ENOUGH_FOR_THREADS = 64  # images, for the classes to be shared out to threads of one core each
 
 # How much a descent can still gain after so many steps, in nats, with 8000 prototypes: a third more than the most that
 # any of 1500 pairs (BFGS: 3800) of an image (digits, their adversarials, noise) and a class gained.
@@ -179,17 +181,29 @@ def _solve(
             z = descend_while_open(pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius)
         return z, energy(x, _decode(decoders, z), z, settings.beta)
     assert prototypes.curvature is not None
+    curvature = prototypes.curvature
     starts = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)]).to(x.dtype)
-    return minimise(
-        decoders,
-        x,
-        starts,
-        prototypes.curvature,
-        steps=settings.steps,
-        radius=settings.radius,
-        beta=settings.beta,
-        contest=contest,
-    )
+
+    def some_classes(part: slice) -> tuple[Tensor, Tensor]:
+        return minimise(
+            decoders[part],
+            x,
+            starts[:, part],
+            curvature[part],
+            steps=settings.steps,
+            radius=settings.radius,
+            beta=settings.beta,
+            contest=contest,
+        )
+
+    cores = min(torch.get_num_threads(), len(decoders))
+    if contest is not None or x.is_cuda or cores == 1 or len(x) < _ENOUGH_FOR_THREADS:
+        return some_classes(slice(None))
+    ends = [round(i * len(decoders) / cores) for i in range(cores + 1)]
+    with one_core_each(cores) as pool:
+        found = list(pool.map(torch.no_grad()(some_classes), map(slice, ends, ends[1:])))
+    z, energies = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return z, energies
 
 
 def _descend(decoders: Sequence[ClassDecoder], x: Tensor, start: Tensor, settings: InferenceSettings) -> Tensor:
