@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abs_defense._threads import one_core_each
+from abs_defense._threads import share_out
 from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._pairs import Pairs
@@ -54,29 +54,28 @@ def descend(
     Returns:
         ``(C, N, L)``.
     """
+    on_cpu = images.device.type == "cpu"
+    joint = JointDecoder.of(decoders) if JointDecoder.is_faster([len(images)] * len(decoders)) else None
+    pieces = images.tensor_split(max(1, math.ceil(len(images) / _CHUNK_CPU)) if on_cpu else 1)
 
-    classes, cores = len(decoders), torch.get_num_threads()
-    if JointDecoder.is_faster([len(images)] * classes) and (joint := JointDecoder.of(decoders)) is not None:
+    def errors(decoder: ClassDecoder, latents: Tensor) -> Tensor:
+        pairs = zip(latents.tensor_split(len(pieces)), pieces, strict=True)
+        return torch.cat([decoder.squared_error_gradient(z, x) for z, x in pairs])
 
-        def joint_gradient(z: Tensor) -> Tensor:
-            return (joint.squared_error_and_gradient(z, images)[1] + beta * z) / PIXELS
-
-        return adam_in_ball(joint_gradient, latents, steps=steps, lr=lr, radius=radius)
-
-    parts = 1 if images.is_cuda else max(1, math.ceil(len(images) / _CHUNK_CPU))
-    split_images = images.tensor_split(parts)
-
-    def one_class(decoder: ClassDecoder, start: Tensor) -> Tensor:
+    def some_classes(part: slice) -> Tensor:
         def gradient(z: Tensor) -> Tensor:
-            split = zip(z.tensor_split(parts), split_images, strict=True)
-            return (torch.cat([decoder.squared_error_gradient(some, x) for some, x in split]) + beta * z) / PIXELS
+            if joint is not None:
+                slopes = joint.squared_error_and_gradient(z, images)[1]
+            else:
+                slopes = torch.stack([errors(*one) for one in zip(decoders[part], z, strict=True)])
+            return (slopes + beta * z) / PIXELS
 
-        return adam_in_ball(gradient, start, steps=steps, lr=lr, radius=radius)
+        return adam_in_ball(gradient, latents[part], steps=steps, lr=lr, radius=radius)
 
-    if images.is_cuda or classes == 1 or cores == 1 or torch.is_grad_enabled():
-        return torch.stack([one_class(d, start) for d, start in zip(decoders, latents, strict=True)])
-    with one_core_each(min(classes, cores)) as pool:
-        return torch.stack(list(pool.map(torch.no_grad()(one_class), decoders, latents)))
+    alone = joint is not None or len(decoders) == 1 or torch.is_grad_enabled()
+    if alone or not on_cpu or torch.get_num_threads() == 1:
+        return some_classes(slice(None))
+    return torch.cat(share_out(some_classes, len(decoders)))
 
 
 def adam_in_ball(

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from abs_defense._threads import one_core_each
+from abs_defense._threads import share_out
 from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._descent import descend, descend_while_open
@@ -196,13 +196,9 @@ def _solve(
             contest=contest,
         )
 
-    cores = min(torch.get_num_threads(), len(decoders))
-    if contest is not None or x.is_cuda or cores == 1 or len(x) < _ENOUGH_FOR_THREADS:
+    if contest is not None or len(x) < _ENOUGH_FOR_THREADS or x.device.type != "cpu" or torch.get_num_threads() == 1:
         return some_classes(slice(None))
-    ends = [round(i * len(decoders) / cores) for i in range(cores + 1)]
-    with one_core_each(cores) as pool:
-        found = list(pool.map(torch.no_grad()(some_classes), map(slice, ends, ends[1:])))
-    z, energies = (torch.cat(parts) for parts in zip(*found, strict=True))
+    z, energies = (torch.cat(parts) for parts in zip(*share_out(some_classes, len(decoders)), strict=True))
     return z, energies
 
 
