@@ -54,10 +54,11 @@ def average_curvature(decoders: Sequence[ClassDecoder], latents: Tensor, beta: f
     step = 1e-2
     size = latents.shape[-1]
     shifts = step * torch.eye(size, dtype=latents.dtype, device=latents.device)
+    points = torch.cat([latents, *(latents + shift for shift in shifts)])
     curvature = []
     for decoder in decoders:
-        base = decoder(latents)
-        slopes = torch.stack([(decoder(latents + shift) - base) / step for shift in shifts], dim=1)
+        base, *moved = decoder(points).split(len(latents))
+        slopes = torch.stack([(image - base) / step for image in moved], dim=1)
         curvature.append(2.0 * (slopes @ slopes.transpose(1, 2)).mean(0) + beta * torch.eye(size).to(slopes))
     return torch.stack(curvature)
 
