@@ -452,7 +452,8 @@ def test_envelope_gradient_of_stationary_latents_equals_finite_differences(rando
 def test_gradient_is_exact(random_weights, random_images, gradient, steps):
     """Without descent both policies are exact, and the unrolled one always is."""
     model = ABS(random_weights(4), prototypes=64, steps=steps, gradient=gradient).double()
-    assert_equals_finite_differences(model, random_images(2, dtype=torch.float64), h=1e-6, tolerance=1e-6)
+    tolerance = 1e-6 if steps else 1e-5  # the energies are those of prototypes that were decoded in single precision
+    assert_equals_finite_differences(model, random_images(2, dtype=torch.float64), h=1e-6, tolerance=tolerance)
 
 
 def test_unrolled_gradient_differs_from_the_envelope_after_few_steps(random_weights, digits):
