@@ -31,7 +31,8 @@ class Comparison:
     Attributes:
         table: one row a norm and attack, with the median distance over all images (0 where the model errs) on each
             model, the column of that name; then all attacks together and what the paper reports, both with the accuracy
-            at the threshold; then certificates: mean radius and certified accuracy. Blank: not run.
+            at the threshold; then certificates: mean radius and certified accuracy. Blank: not
+            run, or not finished.
         pairs: one row a norm and pair of models that have the same name in different folders: mean distances and
             accuracies at the threshold under the attacks that both met, by how much the first mean is larger, and the
             95 % interval of that by bootstrap over the images, which both share.
@@ -51,8 +52,8 @@ class _Column:
     settings: Any
     results: list[Result]
 
-    def distances(self, attack: str) -> npt.NDArray[Any] | None:
-        return next((r.arrays["distances"] for r in self.results if r.attack == attack), None)
+    def arrays(self, measurement: str, field: str) -> npt.NDArray[Any] | None:
+        return next((r.arrays[field] for r in self.results if r.attack == measurement), None)
 
     def smallest(self, norm: Norm, data: ImageSet, attacks: Collection[str] | None = None) -> npt.NDArray[Any] | None:
         """Per image the smallest distance of all attacks, or of some."""
@@ -118,7 +119,7 @@ def _table(columns: Sequence[_Column], data: ImageSet) -> Iterator[Row]:
     for norm, spec in NORMS.items():
         attacks = [r.attack for c in columns for r in c.results if r.norm == norm and "distances" in r.arrays]
         for attack in dict.fromkeys(attacks):
-            distances = [c.distances(attack) for c in columns]
+            distances = [c.arrays(attack, "distances") for c in columns]
             yield _row(norm, attack, columns, [None if d is None else _median(d, norm) for d in distances])
         smallest = [c.smallest(norm, data) for c in columns]
         if any(d is not None for d in smallest):
@@ -134,9 +135,12 @@ def _table(columns: Sequence[_Column], data: ImageSet) -> Iterator[Row]:
         for name in dict.fromkeys(certificates):
             cells = []
             for column in columns:
-                radii = [r.arrays["radius"] for r in column.results if r.attack == name]
-                at = [certified(r, spec.threshold, norm) for r in radii]
-                cells.append(f"{radii[0].mean():.3f}, {_percent(at[0].mean())}" if radii else None)
+                radii = column.arrays(name, "radius")
+                if radii is None:
+                    cells.append(None)
+                else:
+                    share = certified(radii, spec.threshold, norm).mean()
+                    cells.append(f"{radii.mean():.3f}, {_percent(share)}")
             yield _row(norm, f"{name}: mean radius, at {spec.threshold:g}", columns, cells)
 
 
