@@ -7,7 +7,7 @@ import torch
 
 from abs_defense import ABS
 from abs_defense._threads import one_core_each, share_out
-from abs_defense.inference import _descent, _infer
+from abs_defense.inference import _infer
 
 
 def test_one_thread_inside_as_many_as_before_outside():
@@ -45,13 +45,12 @@ def test_prototypes_are_the_same_on_one_core_and_on_several():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("solver", ["adam", "bfgs"])
-def test_inference_is_the_same_on_one_core_and_on_several(solver, digits, monkeypatch):
+@pytest.mark.parametrize(("solver", "steps"), [("adam", 6), ("bfgs", 6), ("bfgs", 0)])
+def test_inference_is_the_same_on_one_core_and_on_several(solver, steps, digits, monkeypatch):
     shared = []
-    for module in (_descent, _infer):
-        monkeypatch.setattr(module, "share_out", lambda work, count: shared.append(count) or share_out(work, count))
+    monkeypatch.setattr(_infer, "share_out", lambda work, count: shared.append(count) or share_out(work, count))
     images = torch.cat([digits.images.roll(shift, dims=3) for shift in range(4)])  # 80, enough to be shared out
-    model = ABS(prototypes=40, steps=6, solver=solver)
+    model = ABS(prototypes=40, steps=steps, solver=solver)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

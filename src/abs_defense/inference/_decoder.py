@@ -113,8 +113,9 @@ class _Decoders:
     images in (0, 1), with their derivative.
 
     The first layer acts on one pixel and is a matrix product. So is the last one, to its 16 taps, which are then added
-    up at 16 shifts. Between them channels come last, class after class, in G groups: in this layout the transposed
-    convolutions, and the convolutions with the same weights that are their adjoints, are fast.
+    up at four shifts along the rows, and these sums at four along the columns. Between them channels come last, class
+    after class, in G groups: in this layout the transposed convolutions, and the convolutions with the same weights
+    that are their adjoints, are fast.
 
     All operations are differentiable, so the same code is unrolled when somebody wants gradients through the descent.
     """
@@ -132,23 +133,28 @@ class _Decoders:
     def _forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         g, n = latents.shape[:2]
         h0 = _elu(torch.baddbmm(self.b0, latents, self.w0)).view(g, n, 16, -1).permute(1, 2, 0, 3).reshape(n, 4, 4, -1)
+        h0 = h0.permute(0, 3, 1, 2)
         h1 = _elu(_transposed_convolution(h0, self.w1, self.b1, g))
         h2 = _elu(_transposed_convolution(h1, self.w2, self.b2, g))
-        taps = (self.w3_taps @ h2.reshape(n * 625, g, -1).permute(1, 2, 0)).view(g, 4, 4, n, 25, 25)
+        taps = self.w3_taps @ h2.permute(0, 2, 3, 1).reshape(n * 625, g, -1).permute(1, 2, 0)
+        rows = taps.new_zeros(g, 4, n, 25, 28)
+        for j, tap in enumerate(taps.view(g, 4, 4, n, 25, 25).unbind(2)):
+            rows.narrow(4, j, 25).add_(tap)
         sums = taps.new_zeros(g, n, 28, 28)
-        for i in range(4):
-            for j in range(4):
-                sums[:, :, i : i + 25, j : j + 25] += taps[:, i, j]
+        for i, row in enumerate(rows.unbind(1)):
+            sums.narrow(2, i, 25).add_(row)
         return torch.sigmoid(sums.flatten(2) + self.b3), (h0, h1, h2)
 
     def _pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         decoded, (h0, h1, h2) = self._forward(latents)
         g, n = decoded.shape[:2]
-        grad = _sigmoid_backward(gradient(decoded), decoded).permute(1, 2, 0).flatten().view(n, 28, 28, g)
-        grad = _elu_backward(_convolution(grad, self.w3, g, stride=1), h2)
-        grad = _elu_backward(_convolution(grad, self.w2, g, stride=2), h1)
-        grad = _elu_backward(_convolution(grad, self.w1, g, stride=2), h0)
-        return grad.reshape(n, 16, g, -1).permute(2, 0, 1, 3).reshape(g, n, -1) @ self.w0.transpose(1, 2)
+        grad = _sigmoid_backward(gradient(decoded), decoded)
+        grad = grad.permute(1, 2, 0).flatten().view(n, 28, 28, g).permute(0, 3, 1, 2)
+        grad = _elu_backward(F.conv2d(grad, self.w3, groups=g), h2)
+        grad = _elu_backward(F.conv2d(grad, self.w2, stride=2, groups=g), h1)
+        grad = _elu_backward(F.conv2d(grad, self.w1, stride=2, groups=g), h0)
+        grad = grad.permute(0, 2, 3, 1).reshape(n, 16, g, -1).permute(2, 0, 1, 3).reshape(g, n, -1)
+        return grad @ self.w0.transpose(1, 2)
 
     def _squared_error_and_gradient(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         errors = []
@@ -170,8 +176,8 @@ class ClassDecoder(_Decoders):
         b0, b1, b2, b3 = biases
         self.w0 = w0.permute(0, 2, 3, 1).reshape(1, w0.shape[0], -1).contiguous()
         self.b0 = b0.repeat(KERNELS[0] ** 2)[None, None]
-        self.w1, self.b1 = w1.contiguous(memory_format=torch.channels_last), b1
-        self.w2, self.b2 = w2.contiguous(memory_format=torch.channels_last), b2
+        self.w1, self.b1 = w1.contiguous(memory_format=torch.channels_last), b1[:, None, None]
+        self.w2, self.b2 = w2.contiguous(memory_format=torch.channels_last), b2[:, None, None]
         self.w3 = w3.contiguous(memory_format=torch.channels_last)
         self.w3_taps = w3.reshape(1, w3.shape[0], -1).transpose(1, 2).contiguous()
         self.b3 = b3[None, None]
@@ -226,14 +232,8 @@ class JointDecoder(_Decoders):
 
 
 def _transposed_convolution(image: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """Of stride 2, for images whose channels come last, ``(N, height, width, channels)``."""
-    result = F.conv_transpose2d(image.permute(0, 3, 1, 2), weight, stride=2, groups=groups).permute(0, 2, 3, 1)
-    return result.add_(bias)  # with the bias inside, oneDNN takes a kernel several times as slow
-
-
-def _convolution(image: Tensor, weight: Tensor, groups: int, *, stride: int) -> Tensor:
-    """Likewise; the adjoint of the transposed convolution with the same weight."""
-    return F.conv2d(image.permute(0, 3, 1, 2), weight, stride=stride, groups=groups).permute(0, 2, 3, 1)
+    """Of stride 2. With the bias inside, oneDNN takes a kernel several times as slow."""
+    return F.conv_transpose2d(image, weight, stride=2, groups=groups).add_(bias)
 
 
 def _elu(a: Tensor) -> Tensor:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from abs_defense._threads import share_out
 from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._pairs import Pairs
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
-_CHUNK_CPU = 64  # what of one class's activations stays in the cache
 
 
 def project_to_ball(latents: Tensor, radius: float) -> Tensor:
@@ -54,28 +51,16 @@ def descend(
     Returns:
         ``(C, N, L)``.
     """
-    on_cpu = images.device.type == "cpu"
     joint = JointDecoder.of(decoders) if JointDecoder.is_faster([len(images)] * len(decoders)) else None
-    pieces = images.tensor_split(max(1, math.ceil(len(images) / _CHUNK_CPU)) if on_cpu else 1)
 
-    def errors(decoder: ClassDecoder, latents: Tensor) -> Tensor:
-        pairs = zip(latents.tensor_split(len(pieces)), pieces, strict=True)
-        return torch.cat([decoder.squared_error_gradient(z, x) for z, x in pairs])
+    def gradient(z: Tensor) -> Tensor:
+        if joint is not None:
+            slopes = joint.squared_error_and_gradient(z, images)[1]
+        else:
+            slopes = torch.stack([one.squared_error_gradient(z, images) for one, z in zip(decoders, z, strict=True)])
+        return (slopes + beta * z) / PIXELS
 
-    def some_classes(part: slice) -> Tensor:
-        def gradient(z: Tensor) -> Tensor:
-            if joint is not None:
-                slopes = joint.squared_error_and_gradient(z, images)[1]
-            else:
-                slopes = torch.stack([errors(*one) for one in zip(decoders[part], z, strict=True)])
-            return (slopes + beta * z) / PIXELS
-
-        return adam_in_ball(gradient, latents[part], steps=steps, lr=lr, radius=radius)
-
-    alone = joint is not None or len(decoders) == 1 or torch.is_grad_enabled()
-    if alone or not on_cpu or torch.get_num_threads() == 1:
-        return some_classes(slice(None))
-    return torch.cat(share_out(some_classes, len(decoders)))
+    return adam_in_ball(gradient, latents, steps=steps, lr=lr, radius=radius)
 
 
 def adam_in_ball(

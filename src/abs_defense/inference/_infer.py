@@ -21,7 +21,7 @@ from abs_defense.inference._quasi_newton import minimise
 _CHUNK_CPU = 128
 _CHUNK_CUDA = 2048
 _CHUNK_UNROLLED = 16
-_ENOUGH_FOR_THREADS = 64  # images, for the classes to be shared out to threads of one core each
+_ENOUGH_FOR_THREADS = 64  # images, for the classes to be shared out to threads of one core each; Adam needs fewer
 
 # How much a descent can still gain after so many steps, in nats, with 8000 prototypes: a third more than the most that
 # any of 1500 pairs (BFGS: 3800) of an image (digits, their adversarials, noise) and a class gained.
@@ -103,11 +103,6 @@ def infer_latents(
     energies = images.new_empty(len(images), classes)
     latents = images.new_empty(len(images), classes, prototypes.latents.shape[-1])
     for x, energy_out, latents_out in _chunks(_chunk_size(images), images, energies, latents):
-        if settings.steps == 0:
-            indices, start_energy = prototypes.nearest(x, settings.beta)
-            energy_out.copy_(start_energy.T)
-            latents_out.copy_(prototypes.latents_at(indices).transpose(0, 1))
-            continue
         z, found = _solve(decoders, prototypes, x, settings, compared)
         energy_out.copy_(found.T)
         latents_out.copy_(z.transpose(0, 1))
@@ -169,37 +164,60 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Latents ``(C, N, L)`` and energies ``(C, N)`` of images ``(N, 784)``."""
     contest = None
-    if compared is not None:
+    if compared is not None and settings.steps > 0:
         fewer = max(1.0, _MARGINS_PROTOTYPES / prototypes.images.shape[1]) ** _PROTOTYPE_EXPONENT
         contest = Contest(compared.to(x.dtype), [(step, fewer * gain) for step, gain in _MARGINS[settings.solver]])
-    if settings.solver == "adam":
-        starts = prototypes.latents_at(prototypes.nearest(x, settings.beta)[0]).to(x.dtype)
-        if contest is None:
-            z = _descend(decoders, x, starts, settings)
-        else:
-            pairs = Pairs.of_all(decoders, x, settings.beta)
-            z = descend_while_open(pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius)
-        return z, energy(x, _decode(decoders, z), z, settings.beta)
-    assert prototypes.curvature is not None
-    curvature = prototypes.curvature
-    starts = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)]).to(x.dtype)
+    if contest is not None or not _worth_threads(len(x), len(decoders), settings, x.device):
+        return _solve_classes(decoders, prototypes, x, settings, contest)
 
     def some_classes(part: slice) -> tuple[Tensor, Tensor]:
+        return _solve_classes(decoders[part], prototypes.of_classes(part), x, settings, None)
+
+    z, energies = (torch.cat(parts) for parts in zip(*share_out(some_classes, len(decoders)), strict=True))
+    return z, energies
+
+
+def _worth_threads(images: int, classes: int, settings: InferenceSettings, device: torch.device) -> bool:
+    """Whether threads that take some classes each are faster than all classes at once."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return False
+    if settings.solver == "adam" and settings.steps > 0:
+        return not JointDecoder.is_faster([images] * classes)
+    return images >= _ENOUGH_FOR_THREADS
+
+
+def _solve_classes(
+    decoders: Sequence[ClassDecoder],
+    prototypes: Prototypes,
+    x: Tensor,
+    settings: InferenceSettings,
+    contest: Contest | None,
+) -> tuple[Tensor, Tensor]:
+    if settings.steps > 0 and settings.solver == "bfgs":
+        assert prototypes.curvature is not None
+        pairs = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)])
         return minimise(
-            decoders[part],
+            decoders,
             x,
-            starts[:, part],
-            curvature[part],
+            pairs.to(x.dtype),
+            prototypes.curvature,
             steps=settings.steps,
             radius=settings.radius,
             beta=settings.beta,
             contest=contest,
         )
-
-    if contest is not None or len(x) < _ENOUGH_FOR_THREADS or x.device.type != "cpu" or torch.get_num_threads() == 1:
-        return some_classes(slice(None))
-    z, energies = (torch.cat(parts) for parts in zip(*share_out(some_classes, len(decoders)), strict=True))
-    return z, energies
+    indices, energies = prototypes.nearest(x, settings.beta)
+    starts = prototypes.latents_at(indices).to(x.dtype)
+    if settings.steps == 0:
+        return starts, energies
+    if contest is None:
+        z = _descend(decoders, x, starts, settings)
+    else:
+        open_pairs = Pairs.of_all(decoders, x, settings.beta)
+        z = descend_while_open(
+            open_pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius
+        )
+    return z, energy(x, _decode(decoders, z), z, settings.beta)
 
 
 def _descend(decoders: Sequence[ClassDecoder], x: Tensor, start: Tensor, settings: InferenceSettings) -> Tensor:

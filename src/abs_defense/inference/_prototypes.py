@@ -70,6 +70,12 @@ class Prototypes:
         """``(C, K, L)``."""
         return self.latents.expand(len(self.images), -1, -1)
 
+    def of_classes(self, part: slice) -> Prototypes:
+        """Those of some classes; a view."""
+        latents = self.latents if self.latents.ndim == 2 else self.latents[part]
+        curvature = None if self.curvature is None else self.curvature[part]
+        return Prototypes(latents, self.images[part], self.offsets[part], curvature)
+
     def latents_at(self, indices: Tensor) -> Tensor:
         """The latents of prototypes of every class, ``(C, ...) -> (C, ..., L)``."""
         return torch.stack([z[index] for z, index in zip(self.class_latents, indices, strict=True)])
