@@ -29,6 +29,7 @@ from abs_defense.attacks import (
     QueryLimitExceededError,
     RandomDirectionModel,
     StartedAttack,
+    _estimators,
     register,
     snap_to_threshold,
 )
@@ -1033,6 +1034,33 @@ def test_finite_differences_ask_at_most_twice_a_pixel(small_linear):
     gradients(FiniteDifferenceModel(counter), images)
     on_bounds = ((images == 0) | (images == 1)).flatten(1).sum(1)
     assert counter.queries.tolist() == (1 + 2 * 36 - on_bounds).tolist()
+
+
+def test_finite_differences_of_a_known_image_cost_nothing(small_linear, monkeypatch):
+    images = small_images()
+    counter = QueryCounter(small_linear, 3)
+    model = FiniteDifferenceModel(counter)
+    first = gradients(model, images)
+    asked = counter.queries.copy()
+    assert torch.equal(gradients(model, images.flip(0)), first.flip(0))
+    assert counter.queries.tolist() == (asked + 1).tolist()  # the forward pass
+    attack = EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), [0.1, 0.2, 0.4, 100.0])
+    counter, labels = QueryCounter(small_linear, 3), classify(small_linear, images)
+    attack(FiniteDifferenceModel(counter), images, labels, epsilons=None)
+    assert (counter.queries < 2 * asked).all()
+
+    monkeypatch.setattr(_estimators, "_KEPT", 2)
+    model = FiniteDifferenceModel(QueryCounter(small_linear, 3))
+    gradients(model, images)
+    assert len(model._known) == 2
+
+
+def test_finite_differences_of_a_model_that_has_changed_are_new():
+    linear = Linear(SMALL, dtype=torch.float64)
+    model, images = FiniteDifferenceModel(foolbox_model(linear)), small_images()
+    before = gradients(model, images)
+    linear.signs.mul_(1.5)
+    assert_close(gradients(model, images), 1.5 * before)
 
 
 @pytest.mark.parametrize("make", [FiniteDifferenceModel, RandomDirectionModel])

@@ -250,8 +250,13 @@ def _elu(a: Tensor) -> Tensor:
 
 
 def _elu_backward(grad: Tensor, activation: Tensor) -> Tensor:
-    """``grad * elu'``, from the activation elu(a): 1 above zero, activation + 1 below; one pass over memory."""
-    out: Tensor = torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, activation)
+    """``grad * elu'``, from the activation elu(a): 1 above zero, activation + 1 below; one pass over memory, in place
+    unless autograd watches."""
+    constants = (1.0, 1.0, 1.0, True)
+    if torch.is_grad_enabled():
+        out: Tensor = torch.ops.aten.elu_backward(grad, *constants, activation)
+    else:
+        out = torch.ops.aten.elu_backward(grad, *constants, activation, grad_input=grad)
     return out
 
 
