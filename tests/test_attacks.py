@@ -540,6 +540,19 @@ def test_images_in_half_precision_cross_the_threshold(modules, models, images, a
     assert raw.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["l0", "l2"])
+def test_pointwise_on_images_in_half_precision(models, images, norm, dtype):
+    x, model, attack = images[:2].to(dtype), models["prototype"], PointwiseAttack(norm=norm)
+    labels = classify(model, x)
+    raw, clipped, success = attack(model, x, labels, epsilons=None)
+    assert success.all()
+    assert raw.dtype == clipped.dtype == dtype
+    assert (classify(model, raw) != labels).all()
+    full, _, _ = attack(model, x.float(), labels, epsilons=None)
+    assert_close(lengths(attack, x.float(), raw.float()), lengths(attack, x.float(), full), rtol=0.2, atol=0)
+
+
 # Latent Descent
 
 

@@ -105,7 +105,7 @@ class PointwiseAttack(ContractAttack):
     ) -> ep.Tensor:
         starts = self._starting_points(model, criterion, x, starting_points)
         oracle = Oracle(model, criterion, x)
-        flat = x.numpy().reshape(len(x), -1)
+        flat = _as_numpy(x)
         searches = {
             row: _Run(
                 flat[row],
@@ -122,12 +122,12 @@ class PointwiseAttack(ContractAttack):
             if not asked:
                 break
             rows = np.array(list(asked))
-            candidates = ep.from_numpy(x, np.stack(list(asked.values()))).reshape((len(rows), *x.shape[1:]))
+            candidates = _as_images(np.stack(list(asked.values())), x)
             for row, hit in zip(rows.tolist(), oracle(candidates, rows).tolist(), strict=True):
                 searches[row].answer(hit)
         for row, run in searches.items():
             result[row] = run.best
-        return ep.from_numpy(x, result).reshape(x.shape)
+        return _as_images(result, x)
 
     def _size(self, change: Image) -> float:
         return float(np.count_nonzero(change)) if self.norm == "l0" else float(np.linalg.norm(change))
@@ -142,9 +142,7 @@ class PointwiseAttack(ContractAttack):
             points = _init_each(self.init_attack, model, criterion, x)
         else:
             points = given
-        points = as_starting_points(points, x, model)
-        array: npt.NDArray[np.floating[Any]] = points.numpy().reshape(len(x), -1)
-        return array
+        return _as_numpy(as_starting_points(points, x, model))
 
     def _search(self, x: Image, start: Image | None, model: Model) -> Search:
         best = x
@@ -163,6 +161,20 @@ class PointwiseAttack(ContractAttack):
             if self.norm == "l2":
                 best = yield from _move_closer(x, best, rng)
         return best
+
+
+def _as_numpy(x: ep.Tensor) -> npt.NDArray[np.floating[Any]]:
+    """``(N, ...)`` to ``(N, D)``; bfloat16, which NumPy lacks, in single precision."""
+    try:
+        array: npt.NDArray[np.floating[Any]] = x.numpy()
+    except TypeError:
+        array = x.float32().numpy()
+    return array.reshape(len(x), -1)
+
+
+def _as_images(flat: npt.NDArray[np.floating[Any]], like: ep.Tensor) -> ep.Tensor:
+    """``(N, D)`` to images of the shape and type of ``like``."""
+    return ep.from_numpy(like, flat).astype(like.dtype).reshape((len(flat), *like.shape[1:]))
 
 
 @dataclass
