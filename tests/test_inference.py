@@ -1,6 +1,7 @@
 """Inference: decoders, prototypes, descent, energies and their gradients, against plain or closed forms."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -134,6 +135,48 @@ def test_pairs_are_computed_together_as_class_by_class(random_stack, monkeypatch
         found.append([*pairs.energy_and_gradient(latents, rows), pairs.energy(latents, rows)])
     for together, alone in zip(*found, strict=True):
         assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def rounds_alike_in_batches():
+    """Whether this CPU's products and convolutions give an image the same bits in all batches and groups."""
+    few, many = (normal(1, rows, 512, dtype=torch.float32) for rows in (8, 128))
+    many[:, :8] = few
+    matrix, image, kernel = (
+        normal(*shape, seed=1, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, 1, 512, 8), (128, 32, 11, 11), (32, 16, 5, 5))
+    )
+    upwards = partial(torch.nn.functional.conv_transpose2d, stride=2)
+    alone, together = upwards(image[:1], kernel), upwards(image, kernel)
+    twice = upwards(image.repeat(1, 2, 1, 1), kernel.repeat(2, 1, 1, 1), groups=2)
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.equal(few @ matrix[0], (many @ matrix[0])[:, :8])
+        and torch.equal(alone, together[:1])
+        and torch.equal(together, twice[:, :16])
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_pair_is_the_same_to_the_bit_whatever_is_computed_with_it(random_stack, threads):
+    if not rounds_alike_in_batches():
+        pytest.skip("this CPU's kernels round differently in batches of different sizes")
+    decoders = random_stack(3, 8, widths=(32, 16, 16)).float().class_decoders()
+    joint = JointDecoder(decoders)
+    latents, images = normal(3, 100, 8, dtype=torch.float32), flat_images(100, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            expected = [decoders[1].squared_error_and_gradient(latents[1], images)]
+            torch.set_num_threads(threads)
+            for count in (1, 2, 5, 9, 10, 11, 17, 26, 33, 64, 99):
+                found = decoders[1].squared_error_and_gradient(latents[1, :count], images[:count])
+                together = joint.squared_error_and_gradient(latents[:, :count], images[:count])
+                for value, all_values, of_joint in zip(found, *expected, together, strict=True):
+                    assert torch.equal(value, all_values[:count])
+                    assert torch.equal(of_joint[1], all_values[:count])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_joint_decoding_pays_for_few_images_of_many_classes():

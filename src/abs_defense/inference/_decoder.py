@@ -19,6 +19,11 @@ PIXELS = 784
 KERNELS = (4, 5, 5, 4)
 STRIDES = (1, 2, 2, 1)
 _LOG2_E = math.log2(math.e)
+# What a CPU's result must not depend on: the rows of a product, the elements a thread computes. See _product and
+# _whole_vectors.
+_ROWS = 8
+_VECTORS = 64
+_GRAIN = 32768  # of at::parallel_for
 # Measured on a CPU, in units of what one more latent costs.
 _COST_OF_CALL = 6.0
 _COST_OF_JOINT_CALL = 6.0
@@ -118,6 +123,9 @@ class _Decoders:
     that are their adjoints, are fast.
 
     All operations are differentiable, so the same code is unrolled when somebody wants gradients through the descent.
+
+    Elsewhere than there a pair's result is the same to the bit, whatever else is computed in the same call, by one
+    thread or several, alone or jointly, on CPUs where oneDNN and BLAS allow it.
     """
 
     w0: Tensor
@@ -132,7 +140,7 @@ class _Decoders:
 
     def _forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         g, n = latents.shape[:2]
-        h0 = _elu(torch.baddbmm(self.b0, latents, self.w0)).view(g, n, 16, -1).permute(1, 2, 0, 3).reshape(n, 4, 4, -1)
+        h0 = _elu(_product(latents, self.w0) + self.b0).view(g, n, 16, -1).permute(1, 2, 0, 3).reshape(n, 4, 4, -1)
         h0 = h0.permute(0, 3, 1, 2)
         h1 = _elu(_transposed_convolution(h0, self.w1, self.b1, g))
         h2 = _elu(_transposed_convolution(h1, self.w2, self.b2, g))
@@ -140,21 +148,26 @@ class _Decoders:
         rows = taps.new_zeros(g, 4, n, 25, 28)
         for j, tap in enumerate(taps.view(g, 4, 4, n, 25, 25).unbind(2)):
             rows.narrow(4, j, 25).add_(tap)
-        sums = taps.new_zeros(g, n, 28, 28)
+        number = g * n * PIXELS
+        padded = taps.new_zeros(_whole_vectors(number))
+        sums = padded[:number].view(g, n, 28, 28).add_(self.b3)
         for i, row in enumerate(rows.unbind(1)):
             sums.narrow(2, i, 25).add_(row)
-        return torch.sigmoid(sums.flatten(2) + self.b3), (h0, h1, h2)
+        return torch.sigmoid(padded)[:number].view(g, n, PIXELS), (h0, h1, h2)
 
     def _pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         decoded, (h0, h1, h2) = self._forward(latents)
         g, n = decoded.shape[:2]
-        grad = _sigmoid_backward(gradient(decoded), decoded)
-        grad = grad.permute(1, 2, 0).flatten().view(n, 28, 28, g).permute(0, 3, 1, 2)
-        grad = _elu_backward(F.conv2d(grad, self.w3, groups=g), h2)
+        grad = self._last_adjoint(_sigmoid_backward(gradient(decoded), decoded))
+        grad = _elu_backward(grad, h2)
         grad = _elu_backward(F.conv2d(grad, self.w2, stride=2, groups=g), h1)
         grad = _elu_backward(F.conv2d(grad, self.w1, stride=2, groups=g), h0)
         grad = grad.permute(0, 2, 3, 1).reshape(n, 16, g, -1).permute(2, 0, 1, 3).reshape(g, n, -1)
-        return grad @ self.w0.transpose(1, 2)
+        return _product(grad, self.w0.transpose(1, 2))
+
+    def _last_adjoint(self, grad: Tensor) -> Tensor:
+        grad = grad.permute(1, 2, 0).flatten().view(-1, 28, 28, len(grad)).permute(0, 3, 1, 2)
+        return F.conv2d(grad, self.w3, groups=grad.shape[1])
 
     def _squared_error_and_gradient(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         errors = []
@@ -180,7 +193,7 @@ class ClassDecoder(_Decoders):
         self.w2, self.b2 = w2.contiguous(memory_format=torch.channels_last), b2[:, None, None]
         self.w3 = w3.contiguous(memory_format=torch.channels_last)
         self.w3_taps = w3.reshape(1, w3.shape[0], -1).transpose(1, 2).contiguous()
-        self.b3 = b3[None, None]
+        self.b3 = b3[None, None, None]
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self._forward(latents[None])[0][0]
@@ -209,6 +222,7 @@ class JointDecoder(_Decoders):
     def __init__(self, decoders: Sequence[ClassDecoder]) -> None:
         for name in _Decoders.__annotations__:
             setattr(self, name, torch.cat([getattr(decoder, name) for decoder in decoders]))
+        self.w3 = self.w3.transpose(2, 3).contiguous(memory_format=torch.channels_last)
 
     @classmethod
     def of(cls, decoders: Sequence[ClassDecoder]) -> JointDecoder | None:
@@ -223,6 +237,12 @@ class JointDecoder(_Decoders):
         one_pass = _COST_OF_JOINT_CALL + _COST_OF_JOINT_DECODING * len(counts) * max(counts)
         return one_pass < sum(_COST_OF_CALL + count for count in counts if count)
 
+    def _last_adjoint(self, grad: Tensor) -> Tensor:
+        # For one channel oneDNN adds up the taps column by column, for several groups row by row: so on transposed
+        # images the sums are the same to the bit.
+        grad = grad.unflatten(2, (28, 28)).permute(1, 3, 2, 0).contiguous().permute(0, 3, 1, 2)
+        return F.conv2d(grad, self.w3, groups=grad.shape[1]).transpose(2, 3)
+
     def __call__(self, latents: Tensor) -> Tensor:
         return self._forward(latents)[0]
 
@@ -236,6 +256,21 @@ def _transposed_convolution(image: Tensor, weight: Tensor, bias: Tensor, groups:
     return F.conv_transpose2d(image, weight, stride=2, groups=groups).add_(bias)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of batches of matrices, where a row's result doesn't depend on how many there are: for a few rows left over
+    BLAS takes another kernel."""
+    rows = a.shape[1]
+    missing = -rows % _ROWS
+    return (F.pad(a, (0, 0, 0, missing)) @ b)[:, :rows] if missing else a @ b
+
+
+def _whole_vectors(number: int) -> int:
+    """The next size of which each of torch's threads takes whole vectors: a function of the elements left over is
+    computed by other code, with other rounding."""
+    threads = max(1, min(torch.get_num_threads(), -(-number // _GRAIN)))
+    return number + -number % (_VECTORS * threads)
+
+
 def _elu(a: Tensor) -> Tensor:
     """elu(a) = max(a, exp(min(a, 0)) - 1); in place unless autograd watches.
 
@@ -246,7 +281,11 @@ def _elu(a: Tensor) -> Tensor:
         return F.elu(a)
     if a.device.type != "cpu":
         return F.elu_(a)
-    return torch.maximum(a, a.clamp_max(0.0).mul_(_LOG2_E).exp2_().sub_(1.0), out=a)
+    flat = a.as_strided((a.numel(),), (1,))  # whatever the layout
+    padded = flat.new_empty(_whole_vectors(len(flat)))
+    torch.clamp_max(flat, 0.0, out=padded[: len(flat)])
+    torch.maximum(flat, padded.mul_(_LOG2_E).exp2_().sub_(1.0)[: len(flat)], out=flat)
+    return a
 
 
 def _elu_backward(grad: Tensor, activation: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from abs_defense.inference._pairs import Pairs
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
+_CHUNK_CPU = 128  # what of one class's activations stays in the cache
 
 
 def project_to_ball(latents: Tensor, radius: float) -> Tensor:
@@ -52,12 +53,17 @@ def descend(
         ``(C, N, L)``.
     """
     joint = JointDecoder.of(decoders) if JointDecoder.is_faster([len(images)] * len(decoders)) else None
+    pieces = images.split(_CHUNK_CPU) if images.device.type == "cpu" else (images,)
+
+    def errors(decoder: ClassDecoder, latents: Tensor) -> Tensor:
+        pairs = zip(latents.split([len(piece) for piece in pieces]), pieces, strict=True)
+        return torch.cat([decoder.squared_error_gradient(z, x) for z, x in pairs])
 
     def gradient(z: Tensor) -> Tensor:
         if joint is not None:
             slopes = joint.squared_error_and_gradient(z, images)[1]
         else:
-            slopes = torch.stack([one.squared_error_gradient(z, images) for one, z in zip(decoders, z, strict=True)])
+            slopes = torch.stack([errors(*one) for one in zip(decoders, z, strict=True)])
         return (slopes + beta * z) / PIXELS
 
     return adam_in_ball(gradient, latents, steps=steps, lr=lr, radius=radius)
