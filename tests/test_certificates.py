@@ -1139,6 +1139,19 @@ def test_slack_covers_the_energies_of_the_model(models, random_images, digits):
         assert (points.slack < SLACK).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_slack_covers_models_of_other_precisions(dtype, digits):
+    """Prototypes so close to each other that rounded offsets would choose a wrong one."""
+    noise = 0.05 * torch.randn(20, 50, 8, generator=torch.Generator().manual_seed(0))
+    latents = ABS(prototypes=300).infer(digits.images).latents[range(20), digits.labels]
+    model = ABS(prototypes=(latents[:, None] + noise).flatten(0, 1), steps=0).to(dtype)
+    points = PointSet.of(model)
+    exact_energies, _ = points.nearest(digits.images.double().flatten(1))
+    error = (model.infer(digits.images).energy.double() - exact_energies).abs()
+    assert (error <= 0.5 * points.slack).all()
+    assert (points.slack < SLACK).all()
+
+
 def test_progress_bar(models, few, capsys):
     wrong = few[1].clone()
     wrong[0] = (wrong[0] + 1) % 10

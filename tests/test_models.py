@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from abs_defense import ABS, BinaryABS, Inference, load_model
+from abs_defense._precision import full_precision
 from abs_defense.inference import Prototypes, infer_latents
 from abs_defense.models import MODEL_NAMES, Clipped, bundled_weights, load_card, save_weights
 from abs_defense.models._weights import sha256
@@ -347,17 +348,59 @@ def test_autocast_does_not_change_logits_or_gradients(with_gradient, digits, dty
     assert torch.equal(gradient, expected[1])
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_reduced_products_do_not_change_logits_or_gradients(with_gradient, digits, precision):
+@pytest.fixture
+def settings_of_products():
+    """Where torch keeps which products may be reduced, and what is set there; afterwards as it was."""
+    places = [(torch.backends, "fp32_precision")]
+    places += [(torch.backends.mkldnn.matmul, "fp32_precision"), (torch.backends.mkldnn.conv, "fp32_precision")]
+    places += [(torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.conv, "fp32_precision")]
+    places += [(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")]
+    if not hasattr(*places[0]):
+        pytest.skip("this torch has no settings of precision by backend")
+    yield lambda: [getattr(*place) for place in places]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for owner, name in places[:4]:
+        setattr(owner, name, "none")
+
+
+ALLOWED = {
+    "older, high": lambda: torch.set_float32_matmul_precision("high"),
+    "older, medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "cudnn": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32"),
+    "products": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "convolutions": lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("allow", ALLOWED.values(), ids=ALLOWED)
+def test_reduced_products_do_not_change_logits_or_gradients(with_gradient, digits, allow, settings_of_products):
     expected = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:2])
-    torch.set_float32_matmul_precision(precision)
-    try:
-        logits, gradient = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:2])
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    allow()
+    before = settings_of_products()
+    logits, gradient = with_gradient(digits.images), gradient_of(with_gradient, digits.images[:2])
+    assert settings_of_products() == before
     assert torch.equal(logits, expected[0])
     assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("allow", ALLOWED.values(), ids=ALLOWED)
+def test_products_are_not_reduced_until_the_last_thread_is_done(allow, settings_of_products, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)  # its settings exist without it
+    allow()
+    before = settings_of_products()
+    first, second = full_precision(torch.device("cpu")), full_precision(torch.device("cpu"))
+    first.__enter__()
+    within = settings_of_products()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings_of_products() == within
+    second.__exit__(None, None, None)
+    assert settings_of_products() == before
+    assert within[5:] == before[5:]
+    assert not {"tf32", "bf16"} & set(within[1:5])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float16, 5e-2)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from abs_defense._precision import full_precision
 from abs_defense.certificates._estimated import LatentSearch, lowest_energies
 from abs_defense.certificates._exact import ExactSearch
 from abs_defense.certificates._finite import FiniteSearch
@@ -17,7 +18,6 @@ from abs_defense.certificates._points import PointSet
 from abs_defense.certificates._reach import NORM_NAMES, Norm, Scene
 from abs_defense.inference import IMAGE_SHAPE
 from abs_defense.models import ABS
-from abs_defense.models._abs import full_precision
 from abs_defense.models._images import check_images
 
 Method = Literal["bisector", "lipschitz", "paper", "exact"]

@@ -64,15 +64,16 @@ def _slack(model: ABS, offsets: Tensor, gamma: Tensor, squares: Tensor) -> Tenso
 
     The prototype of a class is chosen by a product of at least single precision. Whatever its order of summation, its
     error is at most ``n u / (1 - n u)`` times the sum of absolute values, with u the unit roundoff and n the number
-    of terms (Higham 2002, section 3.1). A wrong choice makes the energy too high by at most twice that, for the true
-    class to its harm. The logits are rounded a few times more, by u relatively,
-    and the image once.
+    of terms (Higham 2002, section 3.1); that of the offsets which the model adds is measured. A wrong choice makes the
+    energy too high by at most twice both, for the true class to its harm. The logits are rounded a few times more, by
+    u relatively, and the image once.
     """
     dtype = torch.promote_types(model.prototype_images.dtype, torch.float32)
     roundoff = 0.5 * torch.finfo(dtype).eps
     terms = (PIXELS + 16) * roundoff
     sums = torch.stack([points.double().abs().sum(-1) for points in model.prototype_images])
-    choice = 2.0 * terms / (1.0 - terms) * (2.0 * (squares + offsets) + 2.0 * sums).amax(1)
+    stored = (model.prototype_offsets.double() - (squares + offsets)).abs()
+    choice = 2.0 * (terms / (1.0 - terms) * (2.0 * (squares + offsets) + 2.0 * sums) + stored).amax(1)
     highest = gamma.amax() * (PIXELS + offsets.amax())
     roundings = _ROUNDINGS_OF_LOGITS * highest + gamma.amax() * PIXELS
     return gamma * choice + torch.finfo(torch.float32).eps * roundings

@@ -61,9 +61,13 @@ class Prototypes:
         else:
             for decoder, z, target in zip(decoders, own, images, strict=True):
                 _decode(decoder, z, target)
+        return cls.of_images(latents, images, beta)
+
+    @classmethod
+    def of_images(cls, latents: Tensor, images: Tensor, beta: float) -> Prototypes:
+        """Latents that are decoded already; the offsets are as precise as the latents."""
         squares = torch.stack([image.to(latents.dtype).square().sum(-1) for image in images])
-        offsets = squares + beta * kl_divergence(latents)
-        return cls(latents, images, offsets)
+        return cls(latents, images, squares + beta * kl_divergence(latents))
 
     @property
     def class_latents(self) -> Tensor:

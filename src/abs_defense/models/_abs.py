@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from abs_defense._precision import full_precision
 from abs_defense.inference import (
     PIXELS,
     Inference,
@@ -134,7 +134,17 @@ class ABS(Classifier):
             if bfgs:
                 prior = sample_latents(_CURVATURE_SAMPLES, self.latent_dim, self.seed).to(latents)
                 self.curvature = average_curvature(decoders, prior, self.settings.beta)
-        self._prototype_images, self.prototype_offsets = decoded.images, decoded.offsets.to(dtype)
+        self._prototype_images, self.prototype_offsets = decoded.images, decoded.offsets
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.prototype_latents.dtype
+        super()._apply(fn, recurse)
+        if self.prototype_latents.dtype != before and len(self.prototype_offsets):
+            with torch.inference_mode(False), torch.no_grad():  # those of the rounded prototypes, and not rounded
+                latents = self.prototype_latents.to(self._dtype)
+                offsets = Prototypes.of_images(latents, self._prototype_images, self.settings.beta).offsets
+            self.prototype_offsets = offsets
+        return self
 
     @property
     def num_classes(self) -> int:
@@ -319,20 +329,6 @@ class _Energies(torch.autograd.Function):
             else:
                 gradient = envelope_gradient(ctx.decoders, images, latents, grad_energies)
         return gradient.view(ctx.shape).to(ctx.dtype), None
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor reduced products inside; what the caller had set is put back."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
-        precision = torch.get_float32_matmul_precision()
-        if precision != "highest":
-            stack.callback(torch.set_float32_matmul_precision, precision)
-            torch.set_float32_matmul_precision("highest")
-        yield
 
 
 def _decode_prototypes_again(module: nn.Module, incompatible_keys: object) -> None:
