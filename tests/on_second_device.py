@@ -22,7 +22,6 @@ from abs_defense.attacks import (
 )
 from abs_defense.benchmark import ModelSpec, choose_measurements, run_evaluation
 from abs_defense.data import load_idx_dataset
-from abs_defense.models import Weights
 from abs_defense.models._classifier import device_of
 from abs_defense.training import (
     CertifiedTraining,
@@ -212,8 +211,7 @@ def test_certified_training(weights, toy, tmp_path, device):
     recipe = CertifiedTraining(epochs=1, batch_size=9, refresh=1)
     found = []
     for where in ("cpu", device):
-        latents = choose_prototypes(weights, toy, 4, samples=8, steps=2, device=where, progress=False)
-        start = Weights(weights.decoders, weights.calibration, latents)
+        start = choose_prototypes(weights, toy, 4, samples=8, copies=1, steps=2, device=where, progress=False)
         tuned = train_certified(start, toy, tmp_path / where, recipe, device=where, progress=False)
         found.append([tuned.prototypes.cpu(), *(parameter.cpu() for parameter in tuned.decoders.parameters())])
     assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

@@ -54,6 +54,15 @@ def test_logits_and_probabilities(estimator, model, images):
     assert not model.training
 
 
+def test_classes_are_those_of_the_logits_even_where_the_confidence_is_uniform(model, images):
+    noisy = np.clip(images + np.random.default_rng(0).normal(0, 0.7, images.shape), 0, 1).astype(np.float32)
+    likely = ABSClassifier(model, outputs="probabilities").predict(noisy)
+    with torch.no_grad():
+        x = torch.from_numpy(noisy)
+        assert (model.predict_proba(x) == 0.1).all()
+        assert likely.argmax(1).tolist() == model(x).argmax(1).tolist() != [0, 0, 0]
+
+
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
 def test_loss_gradient_points_uphill(model, images, labels, outputs):
     estimator = ABSClassifier(model, outputs=outputs)

@@ -123,6 +123,21 @@ def test_other_bounds_eagerpy_and_empty_batches(linear, inputs):
     assert attack.run(model, inputs[:0], fb.criteria.Misclassification(labels[:0]), epsilon=1.0).shape == (0, 1, 28, 28)
 
 
+def test_contract_of_our_attacks(linear, inputs):
+    model = fb.PyTorchModel(linear, bounds=(0, 1), device="cpu")
+    attack = ARTAttack(APGD, "l2", loss_type="cross_entropy", max_iter=2, nb_random_init=1, seed=0)
+    labels = linear(inputs).argmax(1)
+    raw, clipped, success = attack(model, inputs, labels.numpy(), epsilons=[0.0, 20.0])
+    assert torch.equal(clipped[0], inputs)
+    assert success.shape == (2, 4)
+    assert not success[0].any()
+    assert success[1].all()
+    raw, _, success = attack(model, inputs[:0], labels[:0], epsilons=1.0)
+    assert (len(raw), len(success)) == (0, 0)
+    with pytest.raises(ValueError, match="inputs: expected values in the model's bounds"):
+        attack(model, inputs + 1, labels, epsilons=1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [

@@ -517,8 +517,16 @@ def test_abs_that_is_asked_in_parts(modules, cells, attack):
 @pytest.mark.parametrize("attack", ABS_ATTACKS)
 def test_several_abs_models_are_refused(modules, images, attack):
     model = foolbox_model(Ensemble(modules["prototype"], modules["abs"]))
-    with pytest.raises(ValueError, match=r"one ABS model inside .* called with 2 images, .* called with 2 \+ 2"):
+    with pytest.raises(ValueError, match=r"one ABS model inside .* called with 3 images, .* called with 3 \+ 3"):
         ABS_ATTACKS[attack](model, images, classify(model, images), epsilons=None)
+
+
+@pytest.mark.parametrize("attack", ABS_ATTACKS)
+def test_abs_behind_a_curve_that_black_and_white_images_hide_is_refused(modules, images, attack):
+    model = foolbox_model(Preprocessed(lambda x: x**2, modules["prototype"]))
+    extremes = (images > 0.5).float()
+    with pytest.raises(ValueError, match="affine map of each pixel"):
+        ABS_ATTACKS[attack](model, extremes, classify(model, extremes), epsilons=None)
 
 
 @pytest.mark.parametrize("attack", ABS_ATTACKS)
@@ -616,8 +624,8 @@ def test_finished_images_are_not_queried_again(modules, images, attack, name):
     _, _, success = ATTACKS[attack](counter, images, labels, epsilons=None)
     assert success.all()
     assert counter.queries.sum() == pytest.approx(sum(passed))
-    # As it is, at the end, and two constant images shared by three.
-    assert counter.queries[0] == pytest.approx(2 + 2 / 3 if attack in ABS_ATTACKS else 2)
+    # As it is, at the end, and three constant images shared by three.
+    assert counter.queries[0] == pytest.approx(2 + 3 / 3 if attack in ABS_ATTACKS else 2)
     assert (counter.queries[1:] > counter.queries[0] + 4).all()
 
 
@@ -704,11 +712,21 @@ def test_starting_points_count_as_found(cells, attack):
     assert (cell.lengths(again) <= cell.lengths(cell.raw) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("attack", ["l2-bisector", "l0-bisector", "pointwise-l0"])
+def test_starting_points_of_another_precision(cells, attack):
+    cell = cells(attack, "prototype")
+    again, _, success = cell.attack(
+        cell.model, cell.images, cell.labels, epsilons=None, starting_points=cell.raw.double()
+    )
+    assert success.all()
+    assert again.dtype == cell.images.dtype
+
+
 @pytest.mark.parametrize("attack", ["l2-bisector", "linf-bisector", "l0-bisector", "pointwise-l0", "pointwise-l2"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [(lambda starts: starts[:2], "starting_points"), (lambda starts: starts.flatten(1), "starting_points"),
-     (lambda starts: starts + 1, "bounds")],
+     (lambda starts: starts + 1, "starting_points: .* bounds")],
     ids=["too-few", "flat", "out-of-bounds"],
 )  # fmt: skip
 def test_bad_starting_points_raise(models, images, attack, spoil, message):
@@ -1200,11 +1218,19 @@ def test_distal_results_have_the_type_of_the_inputs(models, noise):
         (lambda attack, model, x: attack(model, x, Misclassification(torch.zeros(4))), "TargetedMisclassification"),
         (lambda attack, model, x: attack(model, x, torch.zeros(4)), "TargetedMisclassification"),
         (lambda attack, model, x: attack(model, x, TargetedMisclassification(torch.zeros(3))), r"shape \(4,\)"),
+        (lambda attack, model, x: attack(model, x, TargetedMisclassification(torch.full((4,), 10))), "classes 0 to 9"),
+        (lambda attack, model, x: attack.repeat(0), "times: expected at least 1, got 0"),
     ],
 )
 def test_distal_errors(models, noise, call, message):
     with pytest.raises(ValueError, match=message):
         call(DistalAttack(), models["cnn"], noise)
+
+
+def test_distal_needs_gradients(random_weights, noise):
+    model = foolbox_model(ABS(random_weights(2), prototypes=5, steps=0, gradient="none"))
+    with pytest.raises(ValueError, match="expected one with gradients"):
+        DistalAttack()(model, noise)
 
 
 # Names in foolbox
@@ -1313,7 +1339,11 @@ def test_classes_that_the_model_does_not_have(digits, attack, wrong):
             attack(model, digits.images[:2], criterion, epsilons=None)
 
 
-@pytest.mark.parametrize("attack", [PointwiseAttack(max_queries=200), PointwiseAttack(norm="l2", max_queries=200)])
+@pytest.mark.parametrize(
+    "attack",
+    [PointwiseAttack(max_queries=200), PointwiseAttack(norm="l2", max_queries=200), L2BisectorAttack(steps=3),
+     LInfBisectorAttack(steps=3), L0BisectorAttack(steps=3), LatentDescentAttack()],
+)  # fmt: skip
 def test_infinite_epsilons(digits, attack):
     model = foolbox_model(ABS(prototypes=200, steps=0))
     images = digits.images[:2]
@@ -1418,10 +1448,33 @@ def test_transfer_needs_no_gradient_of_the_model(models, images):
     assert torch.equal(success, classify(models["abs"], raw) != labels)
 
 
-@pytest.mark.parametrize("epsilons", [(), (1.0, 0.0), (-1.0,)])
+@pytest.mark.parametrize("epsilons", [(), (1.0, 0.0), (-1.0,), 1.0, [None], np.zeros(2)])
 def test_epsilons_to_search_must_be_positive(epsilons):
     with pytest.raises(ValueError, match="epsilons: expected positive numbers"):
         EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), epsilons)
+
+
+@pytest.mark.parametrize("epsilons", [np.linspace(0.1, 0.3, 3), torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)])
+def test_epsilons_to_search_of_any_kind(epsilons):
+    attack = EpsilonSearchAttack(fb.attacks.L2FastGradientAttack(), epsilons)
+    assert attack.epsilons == pytest.approx((0.1, 0.2, 0.3))
+
+
+def test_epsilons_to_search_are_for_attacks_that_have_one():
+    with pytest.raises(ValueError, match="attack: expected one of a fixed epsilon, got DDNAttack"):
+        EpsilonSearchAttack(fb.attacks.DDNAttack(), (0.1,))
+
+
+def test_started_attacks_find_their_own_starts(models, images):
+    attack = StartedAttack(fb.attacks.BoundaryAttack(steps=1))
+    with pytest.raises(ValueError, match="starting_points: BoundaryAttack itself takes them"):
+        attack(models["cnn"], images, classify(models["cnn"], images), epsilons=None, starting_points=1 - images)
+
+
+@pytest.mark.parametrize("epsilon", [-1, float("nan")])
+def test_l0_epsilons_are_numbers_of_values(images, epsilon):
+    with pytest.raises(ValueError, match="epsilon: expected a number of values to change, at least 0"):
+        L0Distance().clip_perturbation(images, 1 - images, epsilon)
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (-1, 3)])

@@ -176,6 +176,18 @@ def test_weights_with_damaged_calibration(weights_file, tmp_path, text):
         load_weights(path)
 
 
+@pytest.mark.parametrize("text", ["", "many", "nan", "inf", "-1"])
+def test_weights_with_a_damaged_beta(weights_file, tmp_path, text):
+    from safetensors import safe_open
+
+    with safe_open(weights_file, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path, {**metadata, "prototype_beta": text})
+    with pytest.raises(ValueError, match="expected a prototype_beta of at least 0"):
+        load_weights(path)
+
+
 def test_pickle_named_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(pickle.dumps({"weight_0": 1}))

@@ -12,7 +12,7 @@ from idx import write_toy_set
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from abs_defense import load_model
+from abs_defense import ABS, load_model
 from abs_defense.cli import app
 from abs_defense.data import load_idx_dataset
 from abs_defense.models import (
@@ -255,3 +255,13 @@ def test_networks_in_other_precisions(name, dtype, digits):
     torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.5 if dtype == torch.bfloat16 else 1e-3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert load_model(name)(digits.images[:2]).dtype == torch.float32
+
+
+def test_random_weights_leave_the_generators_of_gpus_alone(monkeypatch):
+    """``torch.manual_seed`` would seed them, and ``fork_rng(devices=[])`` would not put them back."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    load_model("cnn")
+    ABS(weights=None, prototypes=2, steps=0)
+    untrained_network("madry")
+    assert not seeded

@@ -46,9 +46,12 @@ from abs_defense.benchmark import (
     run_plan,
     smallest_distances,
 )
+from abs_defense.benchmark._figures import certified_figure
 from abs_defense.benchmark._report import findings
+from abs_defense.benchmark._table import certified
 from abs_defense.data import ImageSet
-from abs_defense.models import MODEL_NAMES, load_weights, save_weights
+from abs_defense.models import ABS_NAMES, MODEL_NAMES, load_weights, save_weights
+from abs_defense.models._baselines import save_baseline, untrained_network
 
 FAST = (
     AttackSpec("ddn", "l2", {"steps": 4}, queries=6, gradients=4, factory=fb.attacks.DDNAttack),
@@ -182,6 +185,74 @@ def test_models_that_differ_in_their_settings_only_are_told_apart(four, tmp_path
         spec = ModelSpec("signed", Signed, {"sign": sign})
         (clean,) = evaluate([spec], (CLEAN,), four, tmp_path, progress=False)
         np.testing.assert_array_equal(clean.arrays["predictions"], Signed(sign)(four.images).argmax(1))
+
+
+def test_pieces_of_distal_adversarials_have_noise_of_their_own(four, tmp_path):
+    spec = DistalSpec("distal", settings={"steps": 1}, images=4)
+    whole, parts = (
+        evaluate([TINY], (CLEAN, part), four, tmp_path / str(part.piece), progress=False)[-1].arrays["adversarials"]
+        for part in (spec, replace(spec, piece=2))
+    )
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
+    assert (abs(whole[:2] - whole[2:]) > 0.1).any()
+
+
+def test_curves_of_l0_radii_fall_after_the_pixels_they_cover():
+    radii = np.array([0.0, 12.0, 12.0, 20.0])
+    axis = certified_figure({"m": radii}, "l0", "bisector").axes[0]
+    x, y = axis.lines[0].get_data()
+    for pixels in (1, 11, 12, 13, 20, 21):
+        left = y[np.searchsorted(x, pixels, side="right") - 1]
+        assert left == 100 * (certified(radii, pixels, "l0").mean())
+
+
+def test_models_that_differ_in_what_a_lambda_holds_are_told_apart(four, tmp_path):
+    for sign in (1.0, -1.0):
+        spec = ModelSpec("signed", lambda sign=sign: Signed(sign))
+        (clean,) = evaluate([spec], (CLEAN,), four, tmp_path, progress=False)
+        np.testing.assert_array_equal(clean.arrays["predictions"], Signed(sign)(four.images).argmax(1))
+
+
+CODE = """
+import foolbox
+from linear import Linear
+
+class Defended(Linear):
+    def forward(self, x):
+        return {sign} * super().forward(x)
+
+class Attack(foolbox.attacks.DDNAttack):
+    pass
+"""
+
+
+@pytest.mark.parametrize("edited", ["model", "attack"])
+def test_changed_code_makes_other_pieces(four, tmp_path, monkeypatch, edited):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("model", "attack"):
+        (tmp_path / f"own_{name}.py").write_text(CODE.format(sign=1))
+        monkeypatch.delitem(sys.modules, f"own_{name}", raising=False)
+    models = [ModelSpec("own", "own_model:Defended")]
+    measurements = (CLEAN, AttackSpec("ddn", "l2", {"steps": 2}, factory="own_attack:Attack"))
+    evaluate(models, measurements, four, tmp_path / "out", progress=False)
+    assert not make_plan(models, measurements, four, tmp_path / "out").missing()
+    (tmp_path / f"own_{edited}.py").write_text(CODE.format(sign=-1))
+    missing = make_plan(models, measurements, four, tmp_path / "out").missing()
+    assert [piece.measurement.name for piece in missing] == (["clean", "ddn"] if edited == "model" else ["ddn"])
+
+
+def test_models_of_an_unknown_kind_are_networks():
+    for measurement in PRESETS["full"]:
+        assert measurement.serves("mine") == measurement.serves("other")
+        assert not (measurement.serves("mine") and measurement.models == ABS_NAMES)
+
+
+def test_names_of_measurements_are_taken(four, tmp_path):
+    attack = AttackSpec("ddn", "l2", factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="attack 'ddn': there is another one of this name"):
+        choose_measurements("quick", added=[attack])
+    with pytest.raises(ValueError, match="'clean' is the name of the clean accuracy"):
+        make_plan([TINY], (replace(attack, name="clean"),), four, tmp_path)
 
 
 def test_attacks_that_differ_in_fixed_arguments_only_are_told_apart(four, tmp_path):
@@ -544,6 +615,9 @@ def test_own_models_and_attacks_from_a_file(tmp_path, digits):
         ("[[models]]\nname = 'x'\nfactory = 'nothing:here'", "expected 'package.module:attribute', got 'nothing:here'"),
         ("[[models]]\nname = 'x'\nfactory = 'torch:nn.Linearr'", "got 'torch:nn.Linearr'"),
         ("[[models]]\nname = 'x'\nfactory = 'torch'\ncolour = 1", "x: .*colour"),
+        ("[[models]]\nname = 3\nfactory = 'torch:nn'", "model 3: name: expected a text, got int"),
+        ("[[models]]\nname = 'x'\nfactory = 'torch:nn'\nsettings = 3", "expected a table of arguments, got 3"),
+        ("[[attacks]]\nname = 'a'\nnorm = 'l2'\nfactory = 'torch:nn'\nepsilons = 0.3", "list of numbers, got 0.3"),
         ("[[attacks]]\nname = 'a'\nnorm = 'l3'\nfactory = 'torch:nn'", "attack 'a': norm: expected l2, linf or l0"),
         ("[[attacks]]\nname = 'a'\nnorm = 'l2'\nfactory = 'torch:nn'\nsurrogate = 'x'", "no model 'x' to craft on"),
     ],
@@ -557,6 +631,12 @@ def test_wrong_additions_are_refused(tmp_path, text, message):
 def test_wrong_specifications_are_refused(four, tmp_path):
     with pytest.raises(ValueError, match=r"a: models: expected a list of kinds, got 'abs'"):
         AttackSpec("a", "l2", models="abs", factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="attack 'a': norm: expected l2, linf or l0, got None"):
+        AttackSpec("a", factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="epsilons: DDNAttack takes none"):
+        AttackSpec("a", "l2", factory=fb.attacks.DDNAttack, epsilons=(1.0,)).make()
+    with pytest.raises(ValueError, match="attack: expected one of a fixed epsilon, got DDNAttack"):
+        AttackSpec("a", "l2", factory=fb.attacks.DDNAttack, epsilons=(1.0,), surrogate="cnn").make()
     with pytest.raises(ValueError, match="a: piece: expected at least 1 image, got 0"):
         AttackSpec("a", "l2", piece=0, factory=fb.attacks.DDNAttack)
     with pytest.raises(ValueError, match="a: gradient: expected 'model' or 'estimated', got 'estimate'"):
@@ -709,6 +789,36 @@ def test_command_line_evaluates_clean(tmp_path, weights_file):
     assert "clean accuracy" in result.stdout
     assert (tmp_path / "abs-defense-report" / "report.html").is_file()
     assert "prototype-abs: clean" in result.stderr
+
+
+def test_weights_of_a_baseline(tmp_path, four):
+    weights = tmp_path / "cnn.safetensors"
+    save_baseline(weights, "cnn", untrained_network("cnn").state_dict())
+    spec = our_model("cnn", weights=weights)
+    (clean,) = evaluate([spec], (CLEAN,), four, tmp_path, progress=False)
+    expected = load_model("cnn", weights=weights)(four.images).argmax(1)
+    np.testing.assert_array_equal(clean.arrays["predictions"], expected)
+    result = _run("evaluate", "--model", "cnn", "--weights", "nowhere", "--no-attacks", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "cnn", "--model", "madry", "--weights", "w"], "expected an ABS model, or a single baseline"),
+        (["--model", "cnn", "--solver", "adam"], "is of ABS models, and none is among the models"),
+        (["--model", "cnn", "--nearest-neighbor-data", "d"], "nearest-neighbor is not among the models"),
+        (["--attack", "ddn", "--no-attacks"], "there are no attacks with --no-attacks"),
+        (["--gpus-per-piece", "1"], "is for --ray"),
+        (["--data-dir", "d", "--download"], "the images are in --data-dir"),
+    ],
+)
+def test_arguments_without_effect_are_refused(tmp_path, arguments, message):
+    result = _run("evaluate", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "abs-defense-report").exists()
 
 
 def test_modules_beside_the_command_and_attacks_for_nobody(tmp_path):

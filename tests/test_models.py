@@ -403,6 +403,15 @@ def test_products_are_not_reduced_until_the_last_thread_is_done(allow, settings_
     assert not {"tf32", "bf16"} & set(within[1:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_every_precision_can_be_described(kind, random_weights, dtype):
+    model = kind(random_weights(3), prototypes=5, steps=0)
+    before = model.describe()
+    after = model.to(dtype).describe()
+    assert before.pop("prototypes_sha256") != after.pop("prototypes_sha256")
+    assert before == after
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float16, 5e-2)])
 def test_float_images_are_cast_and_logits_are_float32(with_gradient, digits, dtype, tolerance):
     logits = with_gradient(digits.images.to(dtype))

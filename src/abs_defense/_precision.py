@@ -43,7 +43,7 @@ def _forbid_reduced_products(put_back: contextlib.ExitStack) -> None:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:
         _make_ieee(torch.backends.cuda.matmul, put_back)
-        _make_ieee(torch.backends.mkldnn.matmul, put_back)
+        _make_ieee(torch.backends.mkldnn.matmul, put_back)  # type: ignore[attr-defined]
     else:
         if precision != "highest":
             put_back.callback(torch.set_float32_matmul_precision, precision)

@@ -40,7 +40,8 @@ class ABSClassifier(PyTorchClassifier):  # type: ignore[misc]
     Args:
         model: one of our models, or the name of one: ``"abs"``, ``"binary-abs"``, ...; see ``load_model``.
         outputs: ``"logits"``, which gradient attacks need (AutoPGD refuses probabilities), or ``"probabilities"``: the
-            confidence softmax, for attacks and estimators that need scores in [0, 1].
+            confidence softmax, for attacks and estimators that need scores in [0, 1]; where it is the same for all
+            classes, the class of the largest logit is ahead by a rounding error.
         device_type: ``"cpu"`` or ``"gpu"``.
         kwargs: further arguments of ``PyTorchClassifier``, such as ``preprocessing`` or ``optimizer``.
 
@@ -79,7 +80,13 @@ class _Probabilities(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.predict_proba(images)
+        logits = self.model(images)
+        confidences = self.model.confidence_softmax(logits)
+        # Where they are equal, because eta outweighs all likelihoods, ART's argmax would be class 0.
+        best = logits.argmax(1, keepdim=True)
+        own, others = confidences.gather(1, best), confidences.scatter(1, best, 0.0).amax(1, keepdim=True)
+        ahead = torch.nextafter(others, others + 1.0)
+        return confidences.scatter_add(1, best, (ahead - own).detach().clamp_min(0.0))
 
 
 class _NegativeLogLikelihood(nn.Module):

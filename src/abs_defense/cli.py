@@ -79,7 +79,11 @@ def evaluate(
         typer.Option(help=r"TOML file with \[\[models]] and \[\[attacks]] of your own; see docs/evaluation.md."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net.")
+        str | None,
+        typer.Option(
+            help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net. With one --model that is "
+            "a baseline: its .safetensors file."
+        ),
     ] = None,
     solver: Annotated[
         str, typer.Option(help="Of latent descent: bfgs (ours, faster), or adam (the paper's).")
@@ -116,7 +120,26 @@ def evaluate(
     usual = [n for n in available_models() if weights is None or n != "certified-abs"]
     names = [] if model is None and added_models else _model_names(model, usual)
     _require_choice(solver, get_args(Solver), "--solver")
-    models = [our_model(name, weights=weights, solver=cast(Solver, solver), seed=seed) for name in names]
+    with_abs = any(name in ABS_NAMES for name in names)
+    if weights is not None and not with_abs and len(names) != 1:
+        raise typer.BadParameter("expected an ABS model, or a single baseline, that it is of", param_hint="--weights")
+    if solver != "bfgs" and not with_abs:
+        raise typer.BadParameter("is of ABS models, and none is among the models", param_hint="--solver")
+    if nearest_neighbor_data is not None and NEAREST_NEIGHBOR not in names:
+        raise typer.BadParameter(f"{NEAREST_NEIGHBOR} is not among the models", param_hint="--nearest-neighbor-data")
+    if not attacks and (attack or skip):
+        raise typer.BadParameter("there are no attacks with --no-attacks", param_hint="--attack or --skip")
+    if ray is None and (cpus_per_piece > 1 or gpus_per_piece):
+        raise typer.BadParameter("is for --ray", param_hint="--cpus-per-piece or --gpus-per-piece")
+    models = [
+        our_model(
+            name,
+            weights=weights if name in ABS_NAMES or not with_abs else None,
+            solver=cast(Solver, solver),
+            seed=seed,
+        )
+        for name in names
+    ]
     if nearest_neighbor_data is not None:
         stored = {"name": NEAREST_NEIGHBOR, "weights": str(nearest_neighbor_data)}
         models = [replace(m, settings=stored) if m.kind == NEAREST_NEIGHBOR else m for m in models]
@@ -283,7 +306,7 @@ def train_abs_command(
     from abs_defense.training import VAETraining, train_abs
 
     train_set = _train_images(data_dir, download)
-    test_set = _all_test_images(data_dir) if test else None
+    test_set = _all_test_images(data_dir, download) if test else None
     config = VAETraining(
         epochs=epochs,
         batch_size=batch_size,
@@ -329,7 +352,7 @@ def train_average_command(
         weights,
         _train_images(data_dir, download),
         out,
-        test=_all_test_images(data_dir) if test else None,
+        test=_all_test_images(data_dir, download) if test else None,
         calibration_images=calibration_images,
         prototypes=prototypes,
         seed=seed,
@@ -347,17 +370,27 @@ def train_prototypes_command(
     out: Annotated[Path, typer.Option(help="File for the weights with their prototypes.")] = Path("abs.safetensors"),
     count: Annotated[int, typer.Option(min=1, help="Prototypes a class.")] = 4000,
     samples: Annotated[int, typer.Option(min=1, help="Candidates drawn from the prior.")] = 8000,
+    copies: Annotated[int, typer.Option(min=0, help="Distorted copies of each training image.")] = 0,
+    augment: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability of each kind of distortion.")] = 0.5,
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the KL term, also in prototype-abs.")] = 1.0,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Choose the prototypes of prototype-abs from the latents of the training images and samples of the prior."""
     from abs_defense.training import choose_prototypes
 
-    loaded = load_weights(weights)
-    latents = choose_prototypes(
-        loaded, _train_images(data_dir, download), count, samples=samples, seed=seed, device=_device(device)
+    chosen = choose_prototypes(
+        load_weights(weights),
+        _train_images(data_dir, download),
+        count,
+        samples=samples,
+        copies=copies,
+        augmentation=augment,
+        beta=beta,
+        seed=seed,
+        device=_device(device),
     )
-    save_weights(out, replace(loaded, prototypes=latents))
+    save_weights(out, chosen)
     Console().print(f"weights: {_escape(str(out))}", soft_wrap=True)
 
 
@@ -446,7 +479,7 @@ def train_certified_command(
         _train_images(data_dir, download),
         out,
         config,
-        test=_all_test_images(data_dir) if test else None,
+        test=_all_test_images(data_dir, download) if test else None,
         device=_device(device),
         command=_command(),
     )
@@ -460,6 +493,7 @@ def train_certified_average_command(
         list[float] | None, typer.Option(help="Of each file, in order, with sum 1; default: equal.")
     ] = None,
     data_dir: DataDir = None,
+    download: Download = False,
     out: Annotated[Path, typer.Option(help="Folder for weights and card.")] = Path("certified-average"),
     test: Test = True,
     device: Device = "cpu",
@@ -471,7 +505,7 @@ def train_certified_average_command(
         weights,
         out,
         shares=share,
-        test=_all_test_images(data_dir) if test else None,
+        test=_all_test_images(data_dir, download) if test else None,
         device=_device(device),
         command=_command(),
     )
@@ -487,7 +521,7 @@ def _train_baseline(
         name,
         _train_images(data_dir, download),
         out or Path(f"{name}-training"),
-        test=_all_test_images(data_dir) if test else None,
+        test=_all_test_images(data_dir, download) if test else None,
         device=_device(device),
         command=_command(),
         **settings,
@@ -506,16 +540,25 @@ def models() -> None:
 
 
 def _train_images(data_dir: Path | None, download: bool) -> ImageSet:
-    if data_dir is None and not download:
-        raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
+    _require_source(data_dir, download)
     return download_mnist("train") if data_dir is None else load_idx_dataset(data_dir, "train")
 
 
-def _all_test_images(data_dir: Path | None) -> ImageSet:
+def _require_source(data_dir: Path | None, download: bool) -> None:
+    if data_dir is None and not download:
+        raise typer.BadParameter("name a folder of IDX files, or pass --download", param_hint="--data-dir")
+    if data_dir is not None and download:
+        raise typer.BadParameter("the images are in --data-dir", param_hint="--download")
+
+
+def _all_test_images(data_dir: Path | None, download: bool) -> ImageSet:
+    _require_source(data_dir, download)
     return download_mnist("test") if data_dir is None else load_idx_dataset(data_dir, "test")
 
 
 def _test_images(data_dir: Path | None, download: bool) -> ImageSet:
+    if data_dir is not None or download:
+        _require_source(data_dir, download)
     if data_dir is not None:
         return load_idx_dataset(data_dir, "test")
     return download_mnist("test") if download else foolbox_digits()

@@ -17,7 +17,7 @@ from foolbox.distances import Distance
 from foolbox.models import Model
 from torch import Tensor, nn
 
-from abs_defense.attacks._base import as_criterion, check_labels, some_images
+from abs_defense.attacks._base import ContractCall, as_criterion, check_labels, some_images
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _DISTANCES: dict[str, Distance] = {"l2": foolbox.distances.l2, "linf": foolbox.d
 _NORMS = {"l2": 2, "linf": np.inf}
 
 
-class ARTAttack(FixedEpsilonAttack):
+class ARTAttack(ContractCall, FixedEpsilonAttack):  # type: ignore[misc]
     """An evasion attack of ART with a ``norm`` and an ``eps``, as a foolbox attack of a fixed epsilon.
 
     So the parts of AutoAttack that foolbox lacks run on any foolbox model over PyTorch:
@@ -79,7 +79,7 @@ class ARTAttack(FixedEpsilonAttack):
         check_labels(criterion, len(x))
         targeted = type(criterion) is TargetedMisclassification
         some_images(criterion, np.arange(0))
-        if len(x) == 0:
+        if len(x) == 0 or epsilon == 0:
             return inputs
         kind = _art_attack(self.attack)
         settings: dict[str, Any] = {"norm": _NORMS[self.norm], "eps": float(epsilon), **self.settings}
@@ -95,7 +95,7 @@ class ARTAttack(FixedEpsilonAttack):
         with torch.no_grad():
             classes = model(x[:1].raw).shape[-1]
         estimator = PyTorchClassifier(
-            _Logits(model),
+            _Logits(model, x.raw.device),
             loss=nn.CrossEntropyLoss(),
             input_shape=tuple(x.shape[1:]),
             nb_classes=classes,
@@ -110,12 +110,16 @@ class ARTAttack(FixedEpsilonAttack):
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: Model) -> None:
+    """ART only knows the current GPU; the model may be on another one."""
+
+    def __init__(self, model: Model, device: torch.device) -> None:
         super().__init__()
         self._model = model
+        self._device = device
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._model(images)
+        outputs: Tensor = self._model(images.to(self._device))
+        return outputs.to(images.device)
 
 
 def _art_attack(name: str) -> Any:

@@ -56,6 +56,8 @@ class L0Distance(LpDistance):
         return "L0Distance()"
 
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon: expected a number of values to change, at least 0, got {epsilon}")
         (x, y), restore_type = ep.astensors_(references, perturbed)
         change = flatten(y - x)
         size = change.abs().numpy()
@@ -84,9 +86,41 @@ class WrappedModel(Model):
         return self._model.data_format  # type: ignore[attr-defined]
 
 
-class ContractAttack(MinimizationAttack):
-    """A minimisation attack of foolbox that also takes empty batches, labels of any integer type or numpy labels, and
-    names what is wrong with its input. Subclasses implement ``_perturb``."""
+class ContractCall:
+    """The call of a foolbox attack, before foolbox's own: also takes empty batches, labels of any integer type or numpy
+    labels, and names what is wrong with its input."""
+
+    def __call__(
+        self,
+        model: Model,
+        inputs: Any,
+        criterion: Any,
+        *,
+        epsilons: float | Sequence[float | None] | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the attack; arguments and results are those of ``foolbox.attacks.base.MinimizationAttack``.
+
+        Raises:
+            ValueError: inputs outside the model's bounds or with NaN, a criterion that the attack cannot serve, or
+                labels that are not one a image.
+        """
+        x, restore_type = ep.astensor_(inputs)
+        criterion_ = as_criterion(criterion, x)
+        check_labels(criterion_, len(x))
+        check_bounds(x, model)
+        if len(x) == 0:
+            several = isinstance(epsilons, Iterable)
+            count = len(list(epsilons)) if isinstance(epsilons, Iterable) else 1
+            success = ep.from_numpy(x, np.zeros((count, 0), dtype=bool))
+            if several:
+                return [inputs] * count, [inputs] * count, restore_type(success)
+            return inputs, inputs, restore_type(success[0])
+        return super().__call__(model, inputs, criterion_, epsilons=epsilons, **kwargs)  # type: ignore[misc]
+
+
+class ContractAttack(ContractCall, MinimizationAttack):  # type: ignore[misc]
+    """A minimisation attack of foolbox with the ``ContractCall``. Subclasses implement ``_perturb``."""
 
     @abstractmethod
     def _perturb(self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None) -> ep.Tensor:
@@ -113,34 +147,6 @@ class ContractAttack(MinimizationAttack):
         """
         check_counts(times=times)
         return self
-
-    def __call__(  # type: ignore[misc]
-        self,
-        model: Model,
-        inputs: Any,
-        criterion: Any,
-        *,
-        epsilons: float | Sequence[float | None] | None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the attack; arguments and results are those of ``foolbox.attacks.base.MinimizationAttack``.
-
-        Raises:
-            ValueError: inputs outside the model's bounds or with NaN, a criterion that the attack cannot serve, or
-                labels that are not one a image.
-        """
-        x, restore_type = ep.astensor_(inputs)
-        criterion_ = as_criterion(criterion, x)
-        check_labels(criterion_, len(x))
-        check_bounds(x, model)
-        if len(x) == 0:
-            several = isinstance(epsilons, Iterable)
-            count = len(list(epsilons)) if isinstance(epsilons, Iterable) else 1
-            success = ep.from_numpy(x, np.zeros((count, 0), dtype=bool))
-            if several:
-                return [inputs] * count, [inputs] * count, restore_type(success)
-            return inputs, inputs, restore_type(success[0])
-        return super().__call__(model, inputs, criterion_, epsilons=epsilons, **kwargs)
 
 
 def as_criterion(criterion: Any, x: ep.Tensor) -> Criterion:
@@ -188,14 +194,14 @@ def check_labels(criterion: Criterion, count: int) -> None:
             raise ValueError(f"{name}: expected shape ({count},), one an image, got {tuple(labels.shape)}")
 
 
-def check_bounds(x: ep.Tensor, model: Model) -> None:
+def check_bounds(x: ep.Tensor, model: Model, name: str = "inputs") -> None:
     """Raise ``ValueError`` unless all values lie in the model's bounds."""
     if len(x) == 0:
         return
     lower, upper = x.min().item(), x.max().item()
     if not (lower >= model.bounds.lower and upper <= model.bounds.upper):
         raise ValueError(
-            f"inputs: expected values in the model's bounds [{model.bounds.lower}, {model.bounds.upper}], "
+            f"{name}: expected values in the model's bounds [{model.bounds.lower}, {model.bounds.upper}], "
             f"got values from {lower} to {upper}"
         )
 
@@ -208,10 +214,11 @@ def as_starting_points(points: Any, x: ep.Tensor, model: Model) -> ep.Tensor:
     """
     starts: ep.Tensor = ep.astensor(points)
     if not isinstance(starts, type(x)):
-        starts = ep.from_numpy(x, starts.numpy()).astype(x.dtype)
+        starts = ep.from_numpy(x, starts.numpy())
+    starts = starts.astype(x.dtype)
     if tuple(starts.shape) != tuple(x.shape):
         raise ValueError(f"starting_points: expected shape {tuple(x.shape)}, got {tuple(starts.shape)}")
-    check_bounds(starts, model)
+    check_bounds(starts, model, "starting_points")
     return starts
 
 

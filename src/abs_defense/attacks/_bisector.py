@@ -28,6 +28,7 @@ from abs_defense.inference import Observation
 
 _TOLERANCE = 1e-4
 _PATIENCE = 4
+_LARGEST = torch.finfo(torch.float32).max  # but less than the distance of an image for which nothing was found
 
 
 class BisectorAttack(ContractAttack):
@@ -93,7 +94,7 @@ class BisectorAttack(ContractAttack):
         setting = insight.setting(self.margin)
         original: Tensor = x.raw.detach()
         best = _Best.of(original, per_image(insight.clean, original), self.distance)
-        enough = 0.0 if early_stop is None else early_stop
+        enough = 0.0 if early_stop is None else min(early_stop, _LARGEST)
         everyone = torch.arange(len(original), device=original.device)
 
         if starting_points is not None:

@@ -30,7 +30,8 @@ class DistalAttack(Attack):
 
     Raises:
         ValueError: a setting is out of its range; at the call, for inputs that are not PyTorch tensors or outside the
-            bounds, and for criteria other than ``TargetedMisclassification`` or None.
+            bounds, for criteria other than ``TargetedMisclassification`` or None, for targets that are no classes,
+            and for models without gradients.
     """
 
     def __init__(self, *, confidence: float = 0.9, steps: int = 200, stepsize: float = 0.2) -> None:
@@ -43,7 +44,12 @@ class DistalAttack(Attack):
         self.stepsize = stepsize
 
     def repeat(self, times: int) -> DistalAttack:
-        """The attack itself: it is deterministic."""
+        """The attack itself: it is deterministic.
+
+        Raises:
+            ValueError: ``times`` is less than 1.
+        """
+        check_counts(times=times)
         return self
 
     def __call__(  # type: ignore[override]
@@ -90,6 +96,10 @@ class DistalAttack(Attack):
             live = images[rows].requires_grad_()
             with torch.enable_grad(), listen() as heard, query_rows(rows.cpu().numpy()):
                 logits = model(ep.astensor(live)).raw
+            if not logits.requires_grad:
+                raise ValueError("model: expected one with gradients, but its outputs have none")
+            if targets is not None and not ((targets >= 0) & (targets < logits.shape[1])).all():
+                raise ValueError(f"target_classes: expected classes 0 to {logits.shape[1] - 1}, got {targets.tolist()}")
             eta = heard[-1].eta if heard else 0.0
             if targets is None:
                 targets = logits.detach().argmax(1)

@@ -47,8 +47,8 @@ class EpsilonSearchAttack(_Delegating):
         binary_search_steps: at the end.
 
     Raises:
-        ValueError: no epsilon, or one that is not positive; at the call, a criterion other than (targeted)
-            misclassification.
+        ValueError: no epsilon, or one that is not positive; the attack has no fixed epsilon; at the call, a criterion
+            other than (targeted) misclassification.
     """
 
     def __init__(
@@ -59,11 +59,17 @@ class EpsilonSearchAttack(_Delegating):
         surrogate: Model | None = None,
         binary_search_steps: int = 10,
     ) -> None:
-        if not epsilons or not all(epsilon > 0 for epsilon in epsilons):
-            raise ValueError(f"epsilons: expected positive numbers, got {list(epsilons)}")
+        if not isinstance(attack, FixedEpsilonAttack):
+            raise ValueError(f"attack: expected one of a fixed epsilon, got {type(attack).__name__}")
+        try:
+            tried = np.array(epsilons, dtype=float)
+        except (TypeError, ValueError):
+            tried = np.array([])
+        if tried.ndim != 1 or not len(tried) or not (tried > 0).all():
+            raise ValueError(f"epsilons: expected positive numbers, got {epsilons!r}")
         check_counts(0, binary_search_steps=binary_search_steps)
         self.attack = attack
-        self.epsilons = tuple(sorted(epsilons))
+        self.epsilons = tuple(sorted(tried.tolist()))
         self.surrogate = surrogate
         self.binary_search_steps = binary_search_steps
 
@@ -110,7 +116,7 @@ class StartedAttack(_Delegating):
         init_attack: gives the starting points; by default foolbox's blended noise with 50 directions.
 
     Raises:
-        ValueError: at the call, a criterion other than (targeted) misclassification.
+        ValueError: at the call, a criterion other than (targeted) misclassification, or ``starting_points``.
     """
 
     def __init__(self, attack: MinimizationAttack, init_attack: MinimizationAttack | None = None) -> None:
@@ -120,6 +126,8 @@ class StartedAttack(_Delegating):
     def _perturb(
         self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None, **kwargs: Any
     ) -> ep.Tensor:
+        if "starting_points" in kwargs:
+            raise ValueError(f"starting_points: {type(self.attack).__name__} itself takes them; here init_attack does")
         x = _detached(x)
         oracle = Oracle(model, criterion, x)
         rows = np.flatnonzero(~oracle.clean)

@@ -71,7 +71,7 @@ def _without(energies: Tensor, classes: Tensor) -> Tensor:
 class Insight:
     """Queries a foolbox model and hears what the ABS model inside it inferred.
 
-    Creating it queries every image once as it is, and two constant images, which show how the preprocessing maps
+    Creating it queries every image once as it is, and three constant images, which show how the preprocessing maps
     the attack's pixels to the model's.
 
     Attributes:
@@ -86,9 +86,10 @@ class Insight:
     def __init__(self, model: Model, criterion: Criterion, x: ep.Tensor) -> None:
         self._x: Tensor = x.raw.detach()
         self._bounds = lower, upper = model.bounds
+        constant = ep.stack([ep.full_like(x[0], value) for value in (lower, upper, 0.5 * (lower + upper))])
         with listen() as heard:
-            model(ep.stack([ep.full_like(x[0], lower), ep.full_like(x[0], upper)]))
-        ends = _heard(heard, 2).images
+            model(constant)
+        ends = _heard(heard, len(constant)).images
         if tuple(x.shape[1:]) != tuple(ends.shape[1:]):
             raise ValueError(
                 f"preprocessing: expected an affine map of each pixel, but the model makes images of shape "
@@ -100,12 +101,13 @@ class Insight:
             self._oracle = Oracle(model, criterion, x)
         self.clean: Flags = self._oracle.clean
         self.clean_observation = _heard(heard, len(x))
-        error = (self.to_model(x.raw) - self.clean_observation.images).abs().max()
-        if not error <= 1e-4:
-            raise ValueError(
-                "preprocessing: expected an affine map of each pixel (mean, std, bounds), but the model sees "
-                f"pixels that differ from it by up to {float(error):.3g}"
-            )
+        for images, seen in ((constant.raw, ends), (x.raw, self.clean_observation.images)):
+            error = (self.to_model(images) - seen).abs().max()
+            if not error <= 1e-4:
+                raise ValueError(
+                    "preprocessing: expected an affine map of each pixel (mean, std, bounds), but the model sees "
+                    f"pixels that differ from it by up to {float(error):.3g}"
+                )
 
     def __call__(self, candidates: Tensor, rows: Tensor) -> tuple[Flags, Observation]:
         """Whether ``candidates[i]`` is adversarial for image ``rows[i]``, and what the model inferred."""

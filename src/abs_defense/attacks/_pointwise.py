@@ -52,7 +52,7 @@ class PointwiseAttack(ContractAttack):
             sparser by 15 % and else a single one; no more than a quarter of ``max_queries`` goes into them. After 5
             draws without an adversarial the restart is given up.
         max_queries: the most queries an image, over all restarts and with the one of the original; those of
-            ``init_attack`` are not counted.
+            ``init_attack`` are not counted, nor the one with which foolbox judges the result of a call.
         seed: of all random choices. An image's result depends neither on its place in the batch nor on the others.
 
     Raises:

@@ -100,7 +100,7 @@ def curve_figure(
             largest = max(largest, _accuracy_left(axis, distances, color, model))
             radii = largest_radii(results, model, norm)
             if radii is not None:
-                _accuracy_left(axis, radii, color, None, linestyle="--")
+                _accuracy_left(axis, _first_open(radii, norm), color, None, linestyle="--")
             curve = (curves or {}).get((kinds.get(model, ""), norm))
             published = PUBLISHED.get(kinds.get(model, ""), {}).get(norm)
             if curve is not None:
@@ -117,6 +117,11 @@ def curve_figure(
     behind = "wide, pale: published" if curves else "crosses: published"
     figure.suptitle(f"solid: under attack; dashed: certified; {behind}; dotted: the paper's threshold", fontsize=8)
     return figure
+
+
+def _first_open(radii: npt.NDArray[np.float64], norm: Norm) -> npt.NDArray[np.float64]:
+    """The least distance at which each image is no longer certified: a radius of k pixels covers k pixels."""
+    return radii + (radii > 0) if norm == "l0" else radii
 
 
 def _accuracy_left(
@@ -194,7 +199,7 @@ def certified_figure(radii: Mapping[str, npt.NDArray[np.float64]], norm: Norm, m
     axis = figure.subplots()
     largest = NORMS[norm].threshold
     for number, (model, values) in enumerate(radii.items()):
-        largest = max(largest, _accuracy_left(axis, values, f"C{number}", model))
+        largest = max(largest, _accuracy_left(axis, _first_open(values, norm), f"C{number}", model))
     axis.axvline(NORMS[norm].threshold, color="0.6", linestyle=":", linewidth=1)
     axis.set(xlabel=f"{NORMS[norm].label} radius", ylabel="certified accuracy (%)", ylim=(0, 102))
     axis.set_xlim(0, 1.05 * largest)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, snap_to_threshold
+from abs_defense.benchmark._code import attributes_digest
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import (
     NORMS,
@@ -35,7 +36,14 @@ _ROUNDING = 1e-5
 
 
 def measure(
-    measurement: Measurement, model: nn.Module, x: Tensor, y: Tensor, seed: int, on_queries: OnQueries | None = None
+    measurement: Measurement,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    seed: int,
+    on_queries: OnQueries | None = None,
+    *,
+    start: int = 0,
 ) -> Arrays:
     """Measure. All arrays have one row an image but ``seconds``, of computing, which has one.
 
@@ -48,7 +56,8 @@ def measure(
     - all: ``queries`` and ``gradients`` of the model, an image.
 
     Foolbox's attacks draw from global random states; these are seeded and put back. ``on_queries`` is called with the
-    number of images of every model call.
+    number of images of every model call. ``start`` is the place of the first image among all of them, so that no two
+    pieces get the same noise.
     """
     started = time.perf_counter()
     with _report_queries(model, on_queries), _seeded(seed):
@@ -57,14 +66,15 @@ def measure(
         elif isinstance(measurement, CertificateSpec):
             arrays = _certify(measurement, model, x, y)
         elif isinstance(measurement, DistalSpec):
-            arrays = _distal(measurement, model, x)
+            arrays = _distal(measurement, model, x, start)
         else:
             arrays = _clean(model, x)
     return {**arrays, "seconds": np.array([time.perf_counter() - started])}
 
 
 def describe(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
-    """What a result of a model depends on: kind, settings, threshold if it binarises its input, hash of the weights."""
+    """What a result of a model depends on: kind, settings, threshold if it binarises its input, hash of the weights,
+    and for a module that is none of ours of the numbers and texts beside them. Not its code, see ``code_digests``."""
     kind: dict[str, Any] = {"class": f"{type(model).__module__}:{type(model).__qualname__}"}
     threshold = getattr(model, "binary_threshold", None)
     if threshold is not None:
@@ -72,7 +82,11 @@ def describe(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
     if isinstance(model, Classifier):
         kind |= model.describe()
     else:
-        kind |= {"factory": factory_name(spec.factory), "settings": spec.settings}
+        kind |= {
+            "factory": factory_name(spec.factory),
+            "settings": spec.settings,
+            "attributes_sha256": attributes_digest(model),
+        }
     return {**kind, "weights_sha256": state_sha256(model)}
 
 
@@ -181,8 +195,8 @@ def _certify(spec: CertificateSpec, model: nn.Module, x: Tensor, y: Tensor) -> A
     }
 
 
-def _distal(spec: DistalSpec, model: nn.Module, x: Tensor) -> Arrays:
-    noise = torch.rand((len(x), *x.shape[1:])).to(x)
+def _distal(spec: DistalSpec, model: nn.Module, x: Tensor, start: int) -> Arrays:
+    noise = torch.rand((start + len(x), *x.shape[1:]))[start:].to(x)
     counter = QueryCounter(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), len(x))
     adversarials, _, fooled = DistalAttack(steps=spec.settings["steps"])(counter, noise)
     with torch.no_grad():

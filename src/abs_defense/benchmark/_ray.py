@@ -11,7 +11,7 @@ from torch import nn
 from abs_defense._versions import versions
 from abs_defense.benchmark._measure import describe
 from abs_defense.benchmark._runner import Executor, Failure, Outcome, Piece, attempt
-from abs_defense.benchmark._store import Arrays, PieceKey
+from abs_defense.benchmark._store import CODE, Arrays, PieceKey
 
 _RETRIES = 3
 
@@ -75,10 +75,11 @@ def _work(piece: Piece, threads: int, device: str) -> Arrays | Failure:
 
 
 def _differences(key: PieceKey, described: Mapping[str, Any]) -> list[str]:
-    """Between the model and the versions of a key and those of this worker."""
+    """Between the model and the versions of a key and those of this worker. Not of a user's files: what a script
+    defines itself comes to the worker without them."""
     here, there = {**described, **versions()}, {**key.model_settings, **key.versions}
     return [
         f"{what}: expected {there.get(what)}, got {here.get(what)}"
         for what in dict.fromkeys([*there, *here])
-        if repr(here.get(what)) != repr(there.get(what))
+        if what != CODE and repr(here.get(what)) != repr(there.get(what))
     ]

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from abs_defense._files import require_writable_folder
 from abs_defense._versions import versions
+from abs_defense.benchmark._code import code_digests
 from abs_defense.benchmark._measure import OnQueries, Speed, describe, measure, probe
-from abs_defense.benchmark._store import Arrays, PieceKey, Store
+from abs_defense.benchmark._store import CODE, Arrays, PieceKey, Store
 from abs_defense.benchmark._suite import CLEAN, AttackSpec, DistalSpec, Measurement, ModelSpec
 from abs_defense.data import ImageSet
 
@@ -82,7 +83,7 @@ class Piece:
     def run(self, model: nn.Module, device: str | torch.device, on_queries: OnQueries | None = None) -> Arrays:
         """Compute the result with the model, which is on the device."""
         x, y = self.images.to(device), self.labels.to(device)
-        return measure(self.measurement, model, x, y, self.key.seed, on_queries)
+        return measure(self.measurement, model, x, y, self.key.seed, on_queries, start=self.key.start)
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,10 @@ def make_plan(
         for name in names:
             if not name or set(name) & set("/\\\0"):
                 raise ValueError(f"{what}: expected names that can be part of a file's, got {name!r}")
+    for m in measurements:
+        if m.name == CLEAN.name and type(m) is not type(CLEAN):
+            raise ValueError(f"measurements: {m.name!r} is the name of the clean accuracy")
+    settings = {m.name: m.identity() | (_code(m.resolve()) if isinstance(m, AttackSpec) else {}) for m in measurements}
     store = Store(require_writable_folder(Path(out) / PIECES))
     device = torch.device(device)
     built: dict[str, nn.Module] = {}
@@ -178,7 +183,7 @@ def make_plan(
     for spec in models:
         model = built[spec.name] = spec.make().to(device)
         check_labels(data.labels, getattr(model, "num_classes", None), spec.name)
-        described = describe(spec, model)
+        described = describe(spec, model) | _code(spec.resolve(), *(type(part) for part in model.modules()))
         for measurement in measurements:
             if not measurement.serves(spec.kind):
                 continue
@@ -195,7 +200,7 @@ def make_plan(
                     model=spec.name,
                     model_settings=described,
                     attack=measurement.name,
-                    attack_settings=measurement.identity(),
+                    attack_settings=settings[measurement.name],
                     images_sha256=shard.sha256(),
                     start=part.start,
                     stop=part.stop,
@@ -268,6 +273,11 @@ def evaluate(
     """
     plan = make_plan(models, measurements, data, out, device=device, seed=seed)
     return run_plan(plan, executor=executor, progress=progress)
+
+
+def _code(*objects: object) -> dict[str, dict[str, str]]:
+    digests = code_digests(*objects)
+    return {CODE: digests} if digests else {}
 
 
 def check_labels(labels: Tensor, num_classes: int | None, name: str) -> None:

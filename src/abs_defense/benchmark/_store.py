@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from abs_defense._files import replace_atomically
 
+CODE = "code"  # in settings: digests of a user's files
+
 
 @dataclass(frozen=True)
 class PieceKey:

@@ -56,6 +56,15 @@ NORMS: dict[Norm, NormSpec] = {
 }
 
 
+def _check_entry(what: str, spec: ModelSpec | AttackSpec, settings: object) -> None:
+    if not isinstance(spec.name, str):
+        raise ValueError(f"{what} {spec.name!r}: name: expected a text, got {type(spec.name).__name__}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{what} {spec.name!r}: settings: expected a table of arguments, got {settings!r}")
+    if not callable(spec.factory) and not (isinstance(spec.factory, str) and ":" in spec.factory):
+        raise ValueError(f"{what} {spec.name!r}: factory: expected 'package.module:attribute', got {spec.factory!r}")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model of the evaluation.
@@ -65,13 +74,24 @@ class ModelSpec:
         factory: gives a module of images in [0, 1] that returns logits; or ``"package.module:attribute"``.
         settings: keyword arguments of the factory.
         kind: which of the suite's measurements apply; one of our models' names, or anything else for those that serve
-            every model.
+            every network.
     """
 
     name: str
     factory: Factory
     settings: dict[str, Any] = field(default_factory=dict)
     kind: str = "other"
+
+    def __post_init__(self) -> None:
+        _check_entry("model", self, settings=self.settings)
+
+    def resolve(self) -> Callable[..., Any]:
+        """The factory.
+
+        Raises:
+            ValueError: it can't be found.
+        """
+        return _resolve(self.factory)
 
     def make(self) -> nn.Module:
         """The model, in evaluation mode.
@@ -80,7 +100,7 @@ class ModelSpec:
             ValueError: the factory can't be found, or refuses the settings.
         """
         try:
-            model: nn.Module = _resolve(self.factory)(**self.settings)
+            model: nn.Module = self.resolve()(**self.settings)
         except TypeError as error:
             raise ValueError(f"model {self.name!r}: {error}") from error
         if not isinstance(model, nn.Module):
@@ -122,7 +142,7 @@ class Measurement:
             raise ValueError(f"{self.name}: piece: expected at least 1 image, got {self.piece}")
 
     def serves(self, kind: str) -> bool:
-        return not self.models or kind in self.models
+        return not self.models or kind in self.models or ("other" in self.models and kind not in MODEL_NAMES)
 
     def identity(self) -> dict[str, Any]:
         """What its results depend on, besides the model, the images and the seed."""
@@ -156,6 +176,13 @@ class AttackSpec(Measurement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_entry("attack", self, settings=self.settings)
+        if self.norm not in NORM_NAMES:
+            raise ValueError(f"attack {self.name!r}: norm: expected l2, linf or l0, got {self.norm!r}")
+        if self.surrogate not in (None, *MODEL_NAMES):
+            raise ValueError(f"attack {self.name!r}: no model {self.surrogate!r} to craft on")
+        if isinstance(self.epsilons, (str, int, float)):
+            raise ValueError(f"attack {self.name!r}: epsilons: expected a list of numbers, got {self.epsilons!r}")
         if self.gradient not in ("model", "estimated"):
             raise ValueError(f"{self.name}: gradient: expected 'model' or 'estimated', got {self.gradient!r}")
 
@@ -174,6 +201,14 @@ class AttackSpec(Measurement):
             "surrogate": None if self.surrogate is None else [self.surrogate, _surrogate(self.surrogate)[1]],
         }
 
+    def resolve(self) -> Callable[..., Any]:
+        """The factory.
+
+        Raises:
+            ValueError: it can't be found.
+        """
+        return _resolve(self.factory)
+
     def make(self, device: Any = "cpu", seed: int = 0) -> MinimizationAttack:
         """The attack; one that takes a ``seed`` gets it, unless the settings have their own.
 
@@ -181,11 +216,13 @@ class AttackSpec(Measurement):
             ValueError: the factory can't be found, or refuses the settings; an attack of a fixed epsilon has no
                 epsilons.
         """
-        factory = _resolve(self.factory)
+        factory = self.resolve()
         try:
             own = {"seed": seed} if "seed" in inspect.signature(factory).parameters else {}
             attack = factory(**{**own, **self.settings})
             if self.surrogate is None and not isinstance(attack, FixedEpsilonAttack):
+                if self.epsilons:
+                    raise ValueError(f"epsilons: {type(attack).__name__} takes none, it looks for the smallest itself")
                 return cast(MinimizationAttack, attack)
             surrogate = None
             if self.surrogate is not None:
@@ -389,11 +426,14 @@ def choose_measurements(
     presets. Those in ``skip`` are left out.
 
     Raises:
-        ValueError: no such preset or measurement.
+        ValueError: no such preset or measurement, or an added one with the name of another.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    everything = {m.name: m for m in (*PRESETS["quick"], *PRESETS["full"], *PRESETS[preset], *added)}
+    everything = {m.name: m for m in (*PRESETS["quick"], *PRESETS["full"], *PRESETS[preset])}
+    for measurement in added:
+        if everything.setdefault(measurement.name, measurement) is not measurement:
+            raise ValueError(f"attack {measurement.name!r}: there is another one of this name")
     for name in (*names, *skip):
         if name not in everything:
             raise ValueError(f"measurement: expected one of {', '.join(everything)}, got {name!r}")
@@ -403,10 +443,12 @@ def choose_measurements(
 
 
 def our_model(name: str, *, weights: str | Path | None = None, solver: Solver = "bfgs", seed: int = 0) -> ModelSpec:
-    """One of the models of ``load_model``; ``weights``, ``solver`` and ``seed`` are for those of ABS."""
+    """One of the models of ``load_model``; ``solver`` and ``seed`` are for those of ABS."""
     settings: dict[str, Any] = {"name": name}
     if name in ABS_NAMES:
         settings |= {"weights": None if weights is None else str(weights), "solver": solver, "seed": seed}
+    elif weights is not None:
+        settings["weights"] = str(weights)
     return ModelSpec(name, load_model, settings, kind=name)
 
 
@@ -431,13 +473,8 @@ def load_additions(path: str | Path) -> tuple[list[ModelSpec], list[Measurement]
             raise ValueError(f"{path}: {table}: expected tables [[{table}]], got {entries!r}")
     models = [_entry(path, ModelSpec, entry) for entry in raw.get("models", [])]
     attacks = [_entry(path, AttackSpec, entry) for entry in raw.get("attacks", [])]
-    for attack in attacks:
-        if attack.norm not in NORM_NAMES:
-            raise ValueError(f"{path}: attack {attack.name!r}: norm: expected l2, linf or l0, got {attack.norm!r}")
-        if attack.surrogate not in (None, *MODEL_NAMES):
-            raise ValueError(f"{path}: attack {attack.name!r}: no model {attack.surrogate!r} to craft on")
     for spec in (*models, *attacks):
-        _resolve(spec.factory)
+        spec.resolve()
     return models, list(attacks)
 
 
@@ -446,6 +483,8 @@ def _entry(path: str | Path, kind: type[Any], raw: Mapping[str, Any]) -> Any:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
     except TypeError as error:
         raise ValueError(f"{path}: {raw.get('name', 'an entry without a name')}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _resolve(factory: Factory) -> Callable[..., Any]:

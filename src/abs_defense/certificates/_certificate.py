@@ -91,7 +91,8 @@ def certify(
 
     With ``steps=0`` the points are finitely many and all of them are looked at: the radius is proved for the model
     that runs, a bound of its rounding errors is subtracted. With latent descent it is an estimate, because a latent
-    that nobody found could be better.
+    that nobody found could be better, and because next to the image the model's own descent, above all a short one
+    from few prototypes, may miss one that was found.
 
     Args:
         model: ``ABS`` or ``BinaryABS``.

@@ -263,9 +263,10 @@ def _count(lacking: Tensor, length: Tensor, highest: float) -> Tensor:
 
 
 def _squared_distances(own: Tensor, others: Tensor) -> Tensor:
-    """||own - others||^2, ``(n, K)``, rounded up."""
+    """||own - others||^2, ``(n, K)``, rounded up: each square may be wrong by ``_terms`` of itself, the product by four
+    times as much of the largest."""
     squares = own.square().sum(1, keepdim=True), others.square().sum(1)
-    error = 4.0 * _terms(own) * float(torch.maximum(squares[0].amax(), squares[1].amax()))
+    error = 6.0 * _terms(own) * float(torch.maximum(squares[0].amax(), squares[1].amax()))
     return torch.addmm(squares[0] + squares[1], own, others.T, alpha=-2.0).double().clamp_min(0.0) + error
 
 

@@ -138,7 +138,7 @@ class ABS(Classifier):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.prototype_latents.dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.prototype_latents.dtype != before and len(self.prototype_offsets):
             with torch.inference_mode(False), torch.no_grad():  # those of the rounded prototypes, and not rounded
                 latents = self.prototype_latents.to(self._dtype)
@@ -238,7 +238,7 @@ class ABS(Classifier):
             **asdict(self.settings),
             "gradient": self.gradient,
             "prototypes": self.prototype_latents.shape[-2],
-            "prototypes_sha256": hashlib.sha256(self.prototype_latents.cpu().numpy().tobytes()).hexdigest(),
+            "prototypes_sha256": _digest(self.prototype_latents),
             "prototype_seed": self.seed,
         }
 
@@ -329,6 +329,11 @@ class _Energies(torch.autograd.Function):
             else:
                 gradient = envelope_gradient(ctx.decoders, images, latents, grad_energies)
         return gradient.view(ctx.shape).to(ctx.dtype), None
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def _decode_prototypes_again(module: nn.Module, incompatible_keys: object) -> None:

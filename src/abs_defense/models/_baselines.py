@@ -161,16 +161,18 @@ class NearestNeighbor(Classifier):
         """
         check_images(images)
         flat = images.flatten(1).to(self.images.dtype)
-        with torch.no_grad():
-            best = torch.empty(len(flat), self.num_classes, dtype=torch.long, device=flat.device)
-            for part, rows in zip(flat.split(256), best.split(256), strict=True):
-                scores = torch.addmm(self._half_squares, part, self.images.T, alpha=-1.0)
-                first = 0
-                for c, own in enumerate(scores.split(self._counts, dim=1)):
-                    rows[:, c] = own.argmin(1) + first
-                    first += own.shape[1]
-        distances: Tensor = (flat[:, None] - self.images[best]).norm(dim=2)
-        return -distances.float()
+        distances = [(part[:, None] - self.images[self._nearest(part)]).norm(dim=2) for part in flat.split(256)]
+        return -torch.cat(distances).float()
+
+    @torch.no_grad()
+    def _nearest(self, flat: Tensor) -> Tensor:
+        """Index of each class's nearest image, ``(N, 784) -> (N, C)``."""
+        scores = torch.addmm(self._half_squares, flat, self.images.T, alpha=-1.0)
+        nearest, first = [], 0
+        for own in scores.split(self._counts, dim=1):
+            nearest.append(own.argmin(1) + first)
+            first += own.shape[1]
+        return torch.stack(nearest, 1)
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {"cnn": CNN, "binary-cnn": BinaryCNN, "madry": Madry}
@@ -227,7 +229,7 @@ def load_baseline(name: str, source: str | Path | None = None) -> Classifier:
 def untrained_network(name: str, seed: int = 0) -> Network:
     """A network with random weights; the global random state is not touched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed seeds GPUs, too
         return NETWORKS[name]()
 
 

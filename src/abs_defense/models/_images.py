@@ -52,10 +52,10 @@ def check_images(images: Tensor) -> None:
 def _likely_cause(shape: tuple[int, ...]) -> str:
     if len(shape) == 2 and shape == (28, 28):
         return "; a single image without batch and channel: use images[None, None]"
+    if len(shape) == 3 and shape == IMAGE_SHAPE:
+        return "; the batch or the channel axis is missing: use images[None]"
     if len(shape) == 3 and shape[1:] == (28, 28):
         return "; the channel axis is missing: use images.unsqueeze(1)"
-    if len(shape) == 3 and shape == IMAGE_SHAPE:
-        return "; the batch axis is missing: use images.unsqueeze(0)"
     if len(shape) == 4 and shape[1:] == (28, 28, 1):
         return "; the channels are last: use images.permute(0, 3, 1, 2)"
     if len(shape) == 4 and shape[1:] == (3, 28, 28):

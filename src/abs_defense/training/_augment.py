@@ -32,6 +32,8 @@ def augment(images: Tensor, pipeline: nn.Module, seed: int) -> Tensor:
     """Apply ``pipeline`` with its own seed; the global random state, which it draws from, is put back."""
     devices = [images.device] if images.is_cuda else []
     with _global_random_state, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if images.is_cuda:
+            torch.cuda.default_generators[images.device.index].manual_seed(seed)
         augmented: Tensor = pipeline(images)
         return augmented.clamp(0.0, 1.0)

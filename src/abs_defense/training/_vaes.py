@@ -94,7 +94,7 @@ class _ClassTrainer:
         self.label, self.config, self.device = label, config, device
         self.images = images.to(device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed(-1))
+            torch.default_generator.manual_seed(self._seed(-1))
             vae = VAE(config.latent_dim)
         if init is not None:
             vae.load_state_dict(init.state_dict())
