@@ -34,8 +34,7 @@ def weights(toy):
         [bundled.get_parameter(f"bias_{i}")[:3] for i in range(4)],
     )
     start = Weights(stack, Calibration(100.0, 1e-5, (1.0, 0.9, 1.1)))
-    latents = choose_prototypes(start, toy, 16, samples=40, steps=5, progress=False)
-    return Weights(stack, start.calibration, latents)
+    return choose_prototypes(start, toy, 16, samples=40, steps=5, beta=0.5, progress=False)
 
 
 def test_deciding_points_and_radii_are_those_of_the_certificate(weights, digits):

@@ -13,6 +13,7 @@ from abs_defense.benchmark import run_certification
 from abs_defense.cli import app
 from abs_defense.data import load_idx_dataset
 from abs_defense.models import Calibration, Weights, load_weights, save_weights
+from abs_defense.training import _prototypes as prototypes
 from abs_defense.training import choose_prototypes
 from abs_defense.training._prototypes import _energies, _facility_location
 
@@ -134,33 +135,71 @@ def test_greedy_choice_is_the_plain_greedy_one():
     assert _facility_location(energies, 10).tolist() == plain
 
 
-def test_chosen_prototypes_explain_better_than_random_ones(tmp_path):
+@pytest.fixture
+def bars(tmp_path):
+    """Images of bars, and the bundled decoders of three digits."""
     data = load_idx_dataset(write_toy_set(tmp_path, per_class=24, classes=3), "train")
     bundled = load_weights("mnist").decoders
     stack = type(bundled)(
         [bundled.get_parameter(f"weight_{i}")[:3] for i in range(4)],
         [bundled.get_parameter(f"bias_{i}")[:3] for i in range(4)],
     )
-    weights = Weights(stack, Calibration(100.0, 1e-5, (1.0,) * 3))
-    chosen = choose_prototypes(weights, data, 12, samples=50, steps=5, progress=False)
-    assert chosen.shape == (3, 12, 8)
-    assert torch.equal(chosen, choose_prototypes(weights, data, 12, samples=50, steps=5, progress=False))
+    return data, Weights(stack, Calibration(100.0, 1e-5, (1.0,) * 3))
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0])
+@pytest.mark.parametrize("copies", [0, 2])
+def test_chosen_prototypes_explain_better_than_random_ones(bars, tmp_path, beta, copies):
+    data, weights = bars
+    settings = {"samples": 50, "copies": copies, "beta": beta, "steps": 5, "progress": False}
+    chosen = choose_prototypes(weights, data, 12, **settings)
+    assert chosen.prototypes.shape == (3, 12, 8)
+    assert torch.equal(chosen.prototypes, choose_prototypes(weights, data, 12, **settings).prototypes)
     random = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
-    for c, decoder in enumerate(stack.class_decoders()):
+    for c, decoder in enumerate(weights.decoders.class_decoders()):
         images = data.images[data.labels == c].flatten(1)
-        assert _energies(decoder, images, chosen[c]).amin(0).mean() < _energies(decoder, images, random).amin(0).mean()
+        own, others = (_energies(decoder, images, z, beta).amin(0).mean() for z in (chosen.prototypes[c], random))
+        assert own < others
 
-    save_weights(tmp_path / "chosen.safetensors", Weights(stack, weights.calibration, chosen))
+    save_weights(tmp_path / "chosen.safetensors", chosen)
     model = load_model("prototype-abs", weights=tmp_path / "chosen.safetensors")
-    assert torch.equal(model.prototype_latents, chosen)
-    assert load_model("abs", weights=tmp_path / "chosen.safetensors").prototype_latents.shape == (8000, 8)
+    assert torch.equal(model.prototype_latents, chosen.prototypes)
+    assert model.settings.beta == beta
+    descending = load_model("abs", weights=tmp_path / "chosen.safetensors")
+    assert descending.prototype_latents.shape == (8000, 8)
+    assert descending.settings.beta == 1.0
 
-    with pytest.raises(ValueError, match="count: expected at most 74 candidates a class, got 75"):
-        choose_prototypes(weights, data, 75, samples=50)
-    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
-        choose_prototypes(weights, data, 5, samples=0)
-    with pytest.raises(ValueError, match="expected images of 10 classes"):
-        choose_prototypes(load_weights("mnist"), data, 5)
+
+def test_an_image_and_its_copies_are_not_explained_by_their_own_latents(bars, monkeypatch):
+    """All candidates of an image but those of its copies."""
+    seen = []
+    monkeypatch.setattr(prototypes, "_facility_location", lambda energies, n: seen.append(energies) or torch.arange(n))
+    data, weights = bars
+    choose_prototypes(weights, data, 2, samples=10, copies=2, steps=1, progress=False)
+    for energies in seen:
+        assert energies.shape == (3 * 24 + 10, 3 * 24)
+        rows, columns = energies.isinf().nonzero().unbind(1)
+        assert len(rows) == 9 * 24
+        assert torch.equal(rows % 24, columns % 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 75, "samples": 50}, "count: expected at most 74 candidates a class, got 75"),
+        ({"samples": 0}, "samples: expected at least 1, got 0"),
+        ({"copies": -1}, "copies: expected at least 0, got -1"),
+        ({"augmentation": 1.5}, "augmentation: expected a probability, got 1.5"),
+        ({"beta": -1.0}, "beta: expected a finite number of at least 0, got -1.0"),
+        ({"weights": "mnist"}, "expected images of 10 classes"),
+    ],
+)
+def test_wrong_settings_of_the_choice_are_refused(bars, arguments, message):
+    data, weights = bars
+    if "weights" in arguments:
+        weights, arguments = load_weights("mnist"), {}
+    with pytest.raises(ValueError, match=message):
+        choose_prototypes(weights, data, **{"count": 5, "progress": False, **arguments})
 
 
 def test_each_class_has_its_own_latents(digits):

@@ -16,7 +16,9 @@ from abs_defense.models._weights import Weights, bundled_weights, load_weights
 
 def _prototype_abs(weights: str | Path | Weights, **settings: Any) -> ABS:
     loaded = weights if isinstance(weights, Weights) else load_weights(weights)
-    return ABS(loaded, prototypes=8000 if loaded.prototypes is None else loaded.prototypes, steps=0, **settings)
+    if loaded.prototypes is None:
+        return ABS(loaded, steps=0, **settings)
+    return ABS(loaded, prototypes=loaded.prototypes, steps=0, beta=loaded.prototype_beta, **settings)
 
 
 def _certified_abs(weights: str | Path | Weights, **settings: Any) -> ABS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from abs_defense.models._vae import Decoder
 FORMAT = "abs-defense/decoders/1"
 _LAYERS = range(4)
 _PROTOTYPES = "prototypes"
+_PROTOTYPE_BETA = "prototype_beta"
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Weights:
         decoders: of all classes.
         calibration: found after training.
         prototypes: latents chosen for the prototype classifier, ``(C, K, L)``; None if there are none.
+        prototype_beta: weight of the KL term in the energies of that classifier.
     """
 
     decoders: DecoderStack
     calibration: Calibration
     prototypes: Tensor | None = None
+    prototype_beta: float = 1.0
 
 
 def bundled_weights() -> dict[str, Path]:
@@ -102,6 +106,8 @@ def save_weights(path: str | Path, weights: Weights) -> None:
     if weights.prototypes is not None:
         tensors[_PROTOTYPES] = weights.prototypes.to(torch.float16).contiguous()
     metadata = {"format": FORMAT, "calibration": json.dumps(asdict(weights.calibration))}
+    if weights.prototype_beta != 1.0:
+        metadata[_PROTOTYPE_BETA] = repr(weights.prototype_beta)
     with replace_atomically(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
 
@@ -109,7 +115,7 @@ def save_weights(path: str | Path, weights: Weights) -> None:
 def _untrained() -> Weights:
     """Randomly initialised decoders of 10 classes, the same each time, with the paper's calibration."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         decoders = [Decoder().eval() for _ in range(10)]
     return Weights(fold_decoders(decoders), PAPER_CALIBRATION)
 
@@ -243,10 +249,11 @@ def _load_file(path: Path) -> Weights:
         stack = DecoderStack([tensors[f"weight_{i}"] for i in _LAYERS], [tensors[f"bias_{i}"] for i in _LAYERS])
         calibration = _parse_calibration(metadata.get("calibration", ""), stack.num_classes)
         prototypes = _parse_prototypes(tensors.get(_PROTOTYPES), stack)
+        prototype_beta = _parse_beta(metadata.get(_PROTOTYPE_BETA, "1.0"))
         _check_finite(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Weights(stack, calibration, prototypes)
+    return Weights(stack, calibration, prototypes, prototype_beta)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -262,6 +269,16 @@ def _parse_prototypes(latents: Tensor | None, stack: DecoderStack) -> Tensor | N
     if len(shape) != 3 or (shape[0], shape[2]) != (stack.num_classes, stack.latent_dim) or not shape[1]:
         raise ValueError(f"expected prototypes of shape ({stack.num_classes}, K, {stack.latent_dim}), got {shape}")
     return latents.float()
+
+
+def _parse_beta(text: str) -> float:
+    try:
+        beta = float(text)
+    except ValueError:
+        beta = math.nan
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"expected a prototype_beta of at least 0, got {text!r}")
+    return beta
 
 
 def _parse_calibration(text: str, num_classes: int) -> Calibration:

@@ -29,7 +29,6 @@ from abs_defense.training._mean import mean_weights
 WEIGHTS = "certified.safetensors"
 LOG = "certified.csv"
 _NAME = "ABS without latent descent, {} fine-tuned for certified radii"
-_BETA = 1.0
 _DECODE_CHUNK = 256
 _TINY = 1e-6
 
@@ -95,6 +94,7 @@ class _Points(nn.Module):
             [weights.decoders.get_parameter(f"bias_{i}") for i in range(4)],
         ).requires_grad_(True)
         self.latents = nn.Parameter(weights.prototypes.clone())
+        self.beta = weights.prototype_beta
         classes, count = self.latents.shape[:2]
         self.register_buffer("images", torch.empty(classes, count, 784), persistent=False)
         self.register_buffer("constants", torch.empty(classes, count), persistent=False)
@@ -111,7 +111,7 @@ class _Points(nn.Module):
             decoder = self.decoder(c)
             for z, part in zip(self.latents[c].split(_DECODE_CHUNK), target.split(_DECODE_CHUNK), strict=True):
                 part.copy_(decoder(z))
-        self.constants.copy_(self.images.square().sum(-1) + _BETA * kl_divergence(self.latents))
+        self.constants.copy_(self.images.square().sum(-1) + self.beta * kl_divergence(self.latents))
 
     @torch.no_grad()
     def deciding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +140,7 @@ class _Points(nn.Module):
         )
         order = torch.cat(groups).argsort()
         p, z = decoded[order], latents[order]
-        energy = (p - torch.cat([x, x])).square().sum(1) + _BETA * kl_divergence(z)
+        energy = (p - torch.cat([x, x])).square().sum(1) + self.beta * kl_divergence(z)
         (own, other), (a, b) = energy.chunk(2), p.chunk(2)
         return (other - own) / (2.0 * (b - a).square().sum(1).clamp_min(_TINY).sqrt())
 

@@ -43,6 +43,8 @@ def mean_weights(
             raise ValueError(f"sources: {source} and {sources[0]} have other classes or another architecture")
         if prototypes and (z is None or latents[0] is None or z.shape != latents[0].shape):
             raise ValueError(f"sources: expected {source} and {sources[0]} to have as many prototypes")
+    if prototypes and len({w.prototype_beta for w in loaded}) > 1:
+        raise ValueError(f"sources: expected prototypes of one beta, got {[w.prototype_beta for w in loaded]}")
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         total = sum(share * value.double() for share, value in zip(shares, values, strict=True))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import heapq
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from abs_defense._checks import check_counts
 from abs_defense.data import ImageSet
 from abs_defense.inference import ClassDecoder, descend, kl_divergence, sample_latents
 from abs_defense.models import Weights
+from abs_defense.training._augment import augment, light_augmentation
 
-_BETA, _LR, _RADIUS = 1.0, 0.05, 5.0
+_LR, _RADIUS = 0.05, 5.0
 _CHUNK = 256
 
 
@@ -23,72 +27,101 @@ def choose_prototypes(
     count: int,
     *,
     samples: int = 8000,
+    copies: int = 0,
+    augmentation: float = 0.5,
+    beta: float = 1.0,
     steps: int = 20,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
-) -> Tensor:
-    """Latents of prototypes for each class, best first: ``(C, count, L)``, rounded to half precision.
+) -> Weights:
+    """The weights with prototypes chosen for each class, best first: ``(C, count, L)``, rounded to half precision.
 
-    Candidates are ``samples`` of the prior, and for each training image of the class the latents that inference finds
-    for it (the best sample, then ``steps`` updates of latent descent). Of these, one after the other is taken that
-    lowers most the mean over the class's training images of the lowest energy so far (the greedy algorithm for
-    facility location). An image's own latents don't count for it, so that the choice serves unseen images.
+    Candidates are ``samples`` of the prior, and for each training image of the class, and for ``copies`` of it that are
+    lightly distorted, the latents that inference finds for it (the best sample, then ``steps`` updates of latent
+    descent). Of these, one after the other is taken that lowers most the mean over these images of the lowest energy so
+    far (the greedy algorithm for facility location). Latents of an image and its copies don't count for them, so that
+    the choice serves unseen images. With a ``count`` near the number of images and copies the last ones are arbitrary.
+
+    The energies of all m images and copies of a class at all candidates are held at once: ``4 m (samples + m)`` bytes,
+    6 GB for MNIST with 3 copies and 30,000 samples.
 
     Args:
         weights: trained decoders.
         data: training images of all classes.
         count: of prototypes a class.
         samples: of the prior, the same for all classes.
+        copies: distorted ones of each training image.
+        augmentation: probability of each kind of distortion, see ``light_augmentation``.
+        beta: of the energies ``||x - G(z)||^2 + beta KL(z)``, here and in the prototype classifier (the
+            ``prototype_beta`` of the weights). Chosen prototypes say by their density how likely a latent is; with 0 it
+            is not counted a second time.
         steps: of latent descent for the training images.
-        seed: of the samples.
+        seed: of the samples and distortions.
         device: where to compute.
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``count`` or ``samples`` is less than 1, there are fewer candidates than ``count``, or the data
-            has other classes than the weights.
+        ValueError: a setting is out of its range, there are fewer candidates than ``count``, or the data has other
+            classes than the weights.
     """
-    for name, value in {"count": count, "samples": samples}.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_counts(count=count, samples=samples)
+    check_counts(0, copies=copies, steps=steps)
+    if not 0.0 <= augmentation <= 1.0:
+        raise ValueError(f"augmentation: expected a probability, got {augmentation}")
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
     classes = weights.decoders.num_classes
     images = torch.bincount(data.labels, minlength=classes)
     if len(images) != classes or not bool((images > 0).all()):
         raise ValueError(f"expected images of {classes} classes, as the weights have, got {images.tolist()} a class")
-    if count > samples + int(images.min()):
-        raise ValueError(f"count: expected at most {samples + int(images.min())} candidates a class, got {count}")
+    candidates_a_class = samples + (1 + copies) * int(images.min())
+    if count > candidates_a_class:
+        raise ValueError(f"count: expected at most {candidates_a_class} candidates a class, got {count}")
     prior = sample_latents(samples, weights.decoders.latent_dim, seed).to(device)
+    pipeline = light_augmentation(augmentation) if copies else None
     chosen = []
     decoders = copy.deepcopy(weights.decoders).to(device).class_decoders()
     for c, decoder in enumerate(tqdm(decoders, desc="choosing prototypes", unit="class", disable=not progress)):
-        own = data.images[data.labels == c].flatten(1).to(device)
-        candidates = torch.cat([_explain(decoder, own, prior, steps), prior]).half().float()
-        energies = _energies(decoder, own, candidates)
-        energies[torch.arange(len(own)), torch.arange(len(own))] = torch.inf
-        chosen.append(candidates[_facility_location(energies.cpu(), count)].cpu())
-    return torch.stack(chosen)
+        own = data.images[data.labels == c]
+        shown = own.flatten(1)
+        if pipeline is not None:
+            distorted = [augment(own, pipeline, seed + number).flatten(1) for number in range(copies)]
+            shown = torch.cat([shown, *distorted])
+        shown = shown.to(device)
+        candidates = torch.cat([_explain(decoder, shown, prior, steps, beta), prior]).half().float()
+        energies = _energies(decoder, shown, candidates, beta)
+        of_image = energies[: len(shown)].view(1 + copies, len(own), 1 + copies, len(own))
+        of_image.diagonal(dim1=1, dim2=3).fill_(torch.inf)
+        chosen.append(candidates[_facility_location(energies.cpu(), count).to(device)].cpu())
+        del energies, of_image
+    return replace(weights, prototypes=torch.stack(chosen), prototype_beta=beta)
 
 
-def _explain(decoder: ClassDecoder, images: Tensor, prior: Tensor, steps: int) -> Tensor:
+def _explain(decoder: ClassDecoder, images: Tensor, prior: Tensor, steps: int, beta: float) -> Tensor:
     """What inference finds for the images of one class, ``(N, D) -> (N, L)``."""
-    start = prior[_energies(decoder, images, prior).argmin(0)]
-
-    parts = [
-        descend([decoder], x, z[None], steps=steps, lr=_LR, radius=_RADIUS, beta=_BETA)[0]
-        for x, z in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)
-    ]
+    points, offsets = _decode(decoder, prior, beta)
+    parts: list[Tensor] = []
+    for x in images.split(_CHUNK):
+        z = prior[torch.addmm(offsets, x, points.T, alpha=-2.0).argmin(1)]
+        parts += descend([decoder], x, z[None], steps=steps, lr=_LR, radius=_RADIUS, beta=beta)
     return torch.cat(parts)
 
 
-def _energies(decoder: ClassDecoder, images: Tensor, latents: Tensor) -> Tensor:
+def _energies(decoder: ClassDecoder, images: Tensor, latents: Tensor, beta: float) -> Tensor:
     """Of all latents at all images, ``(K, N)``."""
-    rows = []
-    for z in latents.split(_CHUNK):
-        points = decoder(z)
-        constant = (points.square().sum(1) + _BETA * kl_divergence(z))[:, None] + images.square().sum(1)
-        rows.append(torch.addmm(constant, points, images.T, alpha=-2.0))
-    return torch.cat(rows)
+    energies = images.new_empty(len(latents), len(images))
+    squares = images.square().sum(1)
+    for z, rows in zip(latents.split(_CHUNK), energies.split(_CHUNK), strict=True):
+        points, offsets = _decode(decoder, z, beta)
+        torch.addmm(offsets[:, None] + squares, points, images.T, alpha=-2.0, out=rows)
+    return energies
+
+
+def _decode(decoder: ClassDecoder, latents: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """G(z) and ||G(z)||^2 + beta KL(z): ``(K, L) -> (K, D), (K,)``."""
+    points = torch.cat([decoder(z) for z in latents.split(_CHUNK)])
+    return points, points.square().sum(1) + beta * kl_divergence(latents)
 
 
 def _facility_location(energies: Tensor, count: int) -> Tensor:
@@ -96,8 +129,9 @@ def _facility_location(energies: Tensor, count: int) -> Tensor:
 
     Gains only fall as more is chosen, so a row whose refreshed gain still beats the others' old ones is the best.
     """
-    best = energies.isfinite().double().mul(energies.nan_to_num(posinf=0.0)).amax(0)
-    gains = torch.cat([(best - part).clamp_min(0.0).sum(1) for part in energies.double().split(_CHUNK)])
+    highest = [part.masked_fill(part.isinf(), 0.0).amax(0) for part in energies.split(_CHUNK)]
+    best = torch.stack(highest).amax(0).double()
+    gains = torch.cat([(best - part).clamp_min(0.0).sum(1) for part in energies.split(_CHUNK)])
     queue = [(-gain, row) for row, gain in enumerate(gains.tolist())]
     heapq.heapify(queue)
     chosen: list[int] = []

@@ -212,7 +212,10 @@ def _save_once(path: Path, weights: Weights) -> None:
             ]
             if saved.prototypes is not None and weights.prototypes is not None:
                 pairs.append((saved.prototypes, weights.prototypes))
-            same_kind = (saved.prototypes is None) == (weights.prototypes is None)
+            same_kind = (saved.prototypes is None, saved.prototype_beta) == (
+                weights.prototypes is None,
+                weights.prototype_beta,
+            )
             if same_kind and saved.calibration == weights.calibration and all(a.equal(b) for a, b in pairs):
                 return
     save_weights(path, weights)
@@ -253,7 +256,8 @@ def _prototypes(
                 saved: Tensor = file.get_tensor("prototypes")
                 return saved.float()
     seed = identity["recipe"]["seed"]
-    latents = choose_prototypes(weights, data, count, seed=seed, device=device, progress=progress)
+    latents = choose_prototypes(weights, data, count, seed=seed, device=device, progress=progress).prototypes
+    assert latents is not None
     with replace_atomically(path) as temporary:
         safetensors.torch.save_file({"prototypes": latents.half()}, temporary, expected)
     return latents
@@ -311,7 +315,7 @@ def load_vaes(path: str | Path) -> list[VAE]:
 
 def _untrained_vae(latent_dim: int) -> VAE:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return VAE(latent_dim)
 
 
