@@ -23,6 +23,8 @@ from abs_defense.certificates._finite import FiniteSearch
 from abs_defense.certificates._lipschitz import lipschitz_radius, paper_radius
 from abs_defense.certificates._points import PointSet
 from abs_defense.certificates._reach import Scene
+from abs_defense.inference import DecoderStack
+from abs_defense.models import Calibration, Weights, load_weights
 
 ROUNDING = 1e-9
 GRID_STEPS = {2: 81, 3: 25, 4: 11, 5: 6}
@@ -1152,6 +1154,19 @@ def test_slack_covers_models_of_other_precisions(dtype, digits):
     assert (points.slack < SLACK).all()
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_can_happen_to_a_single_class(method, steps, digits):
+    if method == "exact" and steps:
+        pytest.skip("needs finitely many points")
+    bundled = load_weights("mnist")
+    layers = [[bundled.decoders.get_parameter(f"{kind}_{i}")[:1] for i in range(4)] for kind in ("weight", "bias")]
+    model = ABS(Weights(DecoderStack(*layers), Calibration(1.0, 0.0, (1.0,))), prototypes=9, steps=steps)
+    found = certify(model, digits.images[:2], torch.zeros(2, dtype=torch.long), method=method)
+    assert found.radius.isinf().all()
+    assert found.rival.tolist() == [-1, -1]
+
+
 def test_progress_bar(models, few, capsys):
     wrong = few[1].clone()
     wrong[0] = (wrong[0] + 1) % 10
@@ -1168,6 +1183,7 @@ BAD_VALUES = {
     "paper-norm": ({"norm": "l0", "method": "paper"}, r"method 'paper' is for norm 'l2', got 'l0'"),
     "anchors": ({"anchors": 0}, r"anchors: expected at least 1, got 0"),
     "starts": ({"starts": -1}, r"starts: expected at least 1, got -1"),
+    "half-a-start": ({"starts": 1.5}, r"starts: expected a whole number, got 1.5"),
     "shape": ({"x": torch.zeros(4, 28, 28)}, r"expected shape \(N, 1, 28, 28\)"),
     "range": ({"x": torch.full((4, 1, 28, 28), 2.0)}, r"expected values in \[0, 1\]"),
     "bytes": ({"x": torch.zeros(4, 1, 28, 28, dtype=torch.uint8)}, r"expected floating point values"),

@@ -60,7 +60,7 @@ def test_settings_may_be_replaced(folder):
     assert (model.settings.steps, model.gradient) == (2, "none")
     with pytest.raises(TypeError, match="colour"):
         ABS.from_pretrained(folder, colour=1)
-    with pytest.raises(ValueError, match="steps: expected 0 or more"):
+    with pytest.raises(ValueError, match="steps: expected at least 0"):
         ABS.from_pretrained(folder, steps=-1)
 
 
@@ -109,7 +109,7 @@ def test_wrong_folders_are_refused(tmp_path, folder):
         ({"format": None}, "not of an ABS model: expected format 'abs-defense/model/1', got None"),
         ({"model": "ResNet"}, "expected the model ABS or BinaryABS, got 'ResNet'"),
         ({"colour": 1}, "unknown settings colour; a newer version wrote it"),
-        ({"steps": -2}, "steps: expected 0 or more, got -2"),
+        ({"steps": -2}, "steps: expected at least 0, got -2"),
         ({"prototypes": "prototypes.safetensors"}, r"no prototypes\.safetensors"),
     ],
 )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
 
-def check_counts(least: int = 1, **settings: int | None) -> None:
-    """Raise ``ValueError`` for settings below ``least``; None means no limit."""
+
+def check_counts(least: int = 1, **settings: Any) -> None:
+    """Raise ``ValueError`` for settings that are no whole numbers or below ``least``; None means no limit."""
     for name, value in settings.items():
-        if value is not None and value < least:
+        if value is None:
+            continue
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
+        if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 

@@ -72,6 +72,7 @@ class PointwiseAttack(ContractAttack):
         if norm not in ("l0", "l2"):
             raise ValueError(f"norm: expected 'l0' or 'l2', got {norm!r}")
         check_counts(restarts=restarts, start_draws=start_draws, max_queries=max_queries)
+        check_counts(0, seed=seed)
         self.norm = norm
         self.restarts = restarts
         self.init_attack = init_attack

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from abs_defense._checks import check_counts
 from abs_defense._precision import full_precision
 from abs_defense.certificates._estimated import LatentSearch, lowest_energies
 from abs_defense.certificates._exact import ExactSearch
@@ -126,6 +127,9 @@ def certify(
         out.rival[~correct] = prediction[~correct]
         if out.adversarial is not None:
             out.adversarial[~correct] = x[~correct].double()
+        if model.num_classes == 1:
+            out.radius.fill_(torch.inf)
+            return out
         scene = Scene(x.flatten(1).clamp(0.0, 1.0).double(), norm, model.binary_threshold)
         points = PointSet.of(model) if finite else None
         with tqdm(total=len(x), desc=f"certify, {method}, {norm}", unit="img", disable=not progress) as bar:
@@ -261,9 +265,7 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
         raise ValueError(
             f"method 'exact' needs finitely many points: a model with steps=0, got steps={model.settings.steps}"
         )
-    for name, value in {"anchors": anchors, "starts": starts}.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_counts(anchors=anchors, starts=starts)
     check_images(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"y: expected a torch.Tensor of labels, got {type(y).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from abs_defense._checks import check_counts, check_positive
 from abs_defense._precision import full_precision
 from abs_defense.inference import (
     PIXELS,
@@ -343,8 +345,7 @@ def _decode_prototypes_again(module: nn.Module, incompatible_keys: object) -> No
 
 def _prototype_latents(prototypes: int | Tensor, num_classes: int, latent_dim: int, seed: int) -> Tensor:
     if not isinstance(prototypes, Tensor):
-        if prototypes < 1:
-            raise ValueError(f"prototypes: expected at least 1, got {prototypes}")
+        check_counts(prototypes=prototypes)
         return sample_latents(prototypes, latent_dim, seed)
     shape = tuple(prototypes.shape)
     if (
@@ -363,13 +364,10 @@ def _prototype_latents(prototypes: int | Tensor, num_classes: int, latent_dim: i
 
 
 def _check_settings(*, steps: int, lr: float, radius: float, beta: float, solver: str, gradient: str) -> None:
-    if steps < 0:
-        raise ValueError(f"steps: expected 0 or more, got {steps}")
-    for name, value in {"lr": lr, "radius": radius}.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-    if not beta >= 0:
-        raise ValueError(f"beta: expected 0 or more, got {beta}")
+    check_counts(0, steps=steps)
+    check_positive(lr=lr, radius=radius)
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
     for name, choice, choices in (("gradient", gradient, get_args(Gradient)), ("solver", solver, get_args(Solver))):
         if choice not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
