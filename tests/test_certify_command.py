@@ -187,7 +187,7 @@ def test_an_image_and_its_copies_are_not_explained_by_their_own_latents(bars, mo
     ("arguments", "message"),
     [
         ({"count": 75, "samples": 50}, "count: expected at most 74 candidates a class, got 75"),
-        ({"samples": 0}, "samples: expected at least 1, got 0"),
+        ({"samples": -1}, "samples: expected at least 0, got -1"),
         ({"copies": -1}, "copies: expected at least 0, got -1"),
         ({"augmentation": 1.5}, "augmentation: expected a probability, got 1.5"),
         ({"beta": -1.0}, "beta: expected a finite number of at least 0, got -1.0"),

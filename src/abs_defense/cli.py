@@ -369,7 +369,7 @@ def train_prototypes_command(
     download: Download = False,
     out: Annotated[Path, typer.Option(help="File for the weights with their prototypes.")] = Path("abs.safetensors"),
     count: Annotated[int, typer.Option(min=1, help="Prototypes a class.")] = 4000,
-    samples: Annotated[int, typer.Option(min=1, help="Candidates drawn from the prior.")] = 8000,
+    samples: Annotated[int, typer.Option(min=0, help="Candidates drawn from the prior.")] = 8000,
     copies: Annotated[int, typer.Option(min=0, help="Distorted copies of each training image.")] = 0,
     augment: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability of each kind of distortion.")] = 0.5,
     beta: Annotated[float, typer.Option(min=0.0, help="Weight of the KL term, also in prototype-abs.")] = 1.0,

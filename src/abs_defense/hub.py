@@ -91,7 +91,10 @@ def from_pretrained(kind: type[Model], source: str | Path, **kwargs: Any) -> Mod
     path = Path(source).expanduser()
     if not path.is_dir() and (isinstance(source, Path) or str(source).startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{source}: no such folder; a repository of the Hub is written 'user/name'")
-    loaded = _HubModel.from_pretrained(str(path) if path.is_dir() else str(source), **kwargs).model
+    try:
+        loaded = _HubModel.from_pretrained(str(path) if path.is_dir() else str(source), **kwargs).model
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: damaged {CONFIG}: {error}") from error
     if type(loaded) is not kind:
         stored = type(loaded).__name__
         raise ValueError(f"{source}: expected {kind.__name__}, got {stored}: load it with {stored}.from_pretrained")

@@ -18,6 +18,7 @@ from abs_defense.models import Weights
 from abs_defense.training._augment import augment, light_augmentation
 
 _LR, _RADIUS = 0.05, 5.0
+_STARTS = 8000
 _CHUNK = 256
 
 
@@ -50,7 +51,7 @@ def choose_prototypes(
         weights: trained decoders.
         data: training images of all classes.
         count: of prototypes a class.
-        samples: of the prior, the same for all classes.
+        samples: of the prior, the same for all classes; with 0 none are candidates, and inference starts from 8000.
         copies: distorted ones of each training image.
         augmentation: probability of each kind of distortion, see ``light_augmentation``.
         beta: of the energies ``||x - G(z)||^2 + beta KL(z)``, here and in the prototype classifier (the
@@ -65,8 +66,8 @@ def choose_prototypes(
         ValueError: a setting is out of its range, there are fewer candidates than ``count``, or the data has other
             classes than the weights.
     """
-    check_counts(count=count, samples=samples)
-    check_counts(0, copies=copies, steps=steps)
+    check_counts(count=count)
+    check_counts(0, samples=samples, copies=copies, steps=steps)
     if not 0.0 <= augmentation <= 1.0:
         raise ValueError(f"augmentation: expected a probability, got {augmentation}")
     if not 0.0 <= beta < math.inf:
@@ -78,7 +79,7 @@ def choose_prototypes(
     candidates_a_class = samples + (1 + copies) * int(images.min())
     if count > candidates_a_class:
         raise ValueError(f"count: expected at most {candidates_a_class} candidates a class, got {count}")
-    prior = sample_latents(samples, weights.decoders.latent_dim, seed).to(device)
+    starts = sample_latents(samples or _STARTS, weights.decoders.latent_dim, seed).to(device)
     pipeline = light_augmentation(augmentation) if copies else None
     chosen = []
     decoders = copy.deepcopy(weights.decoders).to(device).class_decoders()
@@ -89,7 +90,7 @@ def choose_prototypes(
             distorted = [augment(own, pipeline, seed + number).flatten(1) for number in range(copies)]
             shown = torch.cat([shown, *distorted])
         shown = shown.to(device)
-        candidates = torch.cat([_explain(decoder, shown, prior, steps, beta), prior]).half().float()
+        candidates = torch.cat([_explain(decoder, shown, starts, steps, beta), starts[:samples]]).half().float()
         energies = _energies(decoder, shown, candidates, beta)
         of_image = energies[: len(shown)].view(1 + copies, len(own), 1 + copies, len(own))
         of_image.diagonal(dim1=1, dim2=3).fill_(torch.inf)
@@ -98,12 +99,12 @@ def choose_prototypes(
     return replace(weights, prototypes=torch.stack(chosen), prototype_beta=beta)
 
 
-def _explain(decoder: ClassDecoder, images: Tensor, prior: Tensor, steps: int, beta: float) -> Tensor:
+def _explain(decoder: ClassDecoder, images: Tensor, starts: Tensor, steps: int, beta: float) -> Tensor:
     """What inference finds for the images of one class, ``(N, D) -> (N, L)``."""
-    points, offsets = _decode(decoder, prior, beta)
+    points, offsets = _decode(decoder, starts, beta)
     parts: list[Tensor] = []
     for x in images.split(_CHUNK):
-        z = prior[torch.addmm(offsets, x, points.T, alpha=-2.0).argmin(1)]
+        z = starts[torch.addmm(offsets, x, points.T, alpha=-2.0).argmin(1)]
         parts += descend([decoder], x, z[None], steps=steps, lr=_LR, radius=_RADIUS, beta=beta)
     return torch.cat(parts)
 
