@@ -46,7 +46,8 @@ def test_deciding_points_and_radii_are_those_of_the_certificate(weights, digits)
     y = model(x).argmax(1)
     decided = points.deciding(x.flatten(1), y)
     radii = points.radii(x.flatten(1), y, *decided)
-    images, offsets = model.prototype_images.double(), 0.5 * model.prototype_latents.double().square().sum(-1)
+    images, kl = model.prototype_images.double(), 0.5 * model.prototype_latents.double().square().sum(-1)
+    offsets = weights.prototype_beta * kl
     energies = (images[None] - x.flatten(1).double()[:, None, None]).square().sum(-1) + offsets
     for i in range(len(x)):
         anchor = int(energies[i, y[i]].argmin())
@@ -158,6 +159,7 @@ def test_average(weights, tmp_path):
         DecoderStack(*([2.0 * getattr(weights.decoders, f"{kind}_{i}").detach() for i in range(4)] for kind in KINDS)),
         Calibration(1.0, 0.0, (1.0,) * 3),
         weights.prototypes + 1.0,
+        weights.prototype_beta,
     )
     for path, one in zip(files, (weights, other), strict=True):
         save_weights(path, one)
@@ -168,6 +170,7 @@ def test_average(weights, tmp_path):
     torch.testing.assert_close(mean.decoders.weight_1, 1.25 * weights.decoders.weight_1)
     torch.testing.assert_close(mean.prototypes, weights.prototypes + 0.25, rtol=0, atol=2e-3)
     assert mean.calibration == weights.calibration
+    assert mean.prototype_beta == weights.prototype_beta
     card = json.loads((tmp_path / "out" / "certified.json").read_text())
     assert card["recipe"]["shares"] == [0.75, 0.25]
     assert card["test_figures"]["mean certified radius, L2"] > 0
@@ -183,6 +186,9 @@ def test_averages_that_make_no_sense(weights, tmp_path):
     for other in ("few", "none"):
         with pytest.raises(ValueError, match=f"expected .*{other}.* and .*a.* to have as many proto"):
             average_certified_abs([a, tmp_path / f"{other}.safetensors"], tmp_path / "out", progress=False)
+    save_weights(tmp_path / "beta.safetensors", replace(weights, prototype_beta=1.0))
+    with pytest.raises(ValueError, match=r"expected prototypes of one beta, got \[0\.5, 1\.0\]"):
+        average_certified_abs([a, tmp_path / "beta.safetensors"], tmp_path / "out", progress=False)
     for shares in ([1.0], [0.5, 0.4]):
         with pytest.raises(ValueError, match="shares: expected one for each of 2 weights, with sum 1, got"):
             average_certified_abs([a, a], tmp_path / "out", shares=shares, progress=False)

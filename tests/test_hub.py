@@ -164,11 +164,12 @@ def test_a_card_that_nobody_edited_follows_the_model(small_abs, random_weights, 
     ("model", "accuracy"),
     [
         (lambda: load_model("prototype-abs"), "prototype-abs"),
+        (lambda: ABS(steps=0, prototypes=load_weights("mnist").prototypes), None),
         (lambda: ABS(steps=0, prototypes=100), None),
         (lambda: ABS(steps=49, prototypes=100), None),
         (lambda: BinaryABS(prototypes=100), None),
     ],
-    ids=["prototype-abs", "other prototypes", "other steps", "binary, other prototypes"],
+    ids=["prototype-abs", "other beta", "other prototypes", "other steps", "binary, other prototypes"],
 )
 def test_figures_are_those_of_the_same_model_only(tmp_path, monkeypatch, model, accuracy):
     from abs_defense.models import load_card

@@ -322,9 +322,10 @@ def _known_accuracy(model: ABS) -> float | None:
     latents = sample_latents(inspect.signature(kind).parameters["prototypes"].default, model.latent_dim, 0)
     if not differing:
         figure = {ABS: "abs", BinaryABS: "binary-abs"}[kind]
-    elif kind is ABS and differing <= {"steps", "solver"} and not model.settings.steps:
-        figure = "prototype-abs"
-        latents = latents if bundled.prototypes is None else bundled.prototypes
+    elif kind is ABS and differing <= {"steps", "solver", "beta"} and bundled.prototypes is not None:
+        if model.settings.steps or model.settings.beta != bundled.prototype_beta:
+            return None
+        figure, latents = "prototype-abs", bundled.prototypes
     else:
         return None
     known = torch.equal(model.prototype_latents.cpu().float(), latents)

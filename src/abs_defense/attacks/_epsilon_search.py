@@ -62,14 +62,14 @@ class EpsilonSearchAttack(_Delegating):
         if not isinstance(attack, FixedEpsilonAttack):
             raise ValueError(f"attack: expected one of a fixed epsilon, got {type(attack).__name__}")
         try:
-            tried = np.array(epsilons, dtype=float)
+            tried = sorted(float(epsilon) for epsilon in epsilons)
         except (TypeError, ValueError):
-            tried = np.array([])
-        if tried.ndim != 1 or not len(tried) or not (tried > 0).all():
+            tried = []
+        if not tried or not all(epsilon > 0 for epsilon in tried):
             raise ValueError(f"epsilons: expected positive numbers, got {epsilons!r}")
         check_counts(0, binary_search_steps=binary_search_steps)
         self.attack = attack
-        self.epsilons = tuple(sorted(tried.tolist()))
+        self.epsilons = tuple(tried)
         self.surrogate = surrogate
         self.binary_search_steps = binary_search_steps
 
