@@ -164,27 +164,19 @@ def test_weights_of_another_architecture(weights_file, tmp_path):
         load_weights(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"alpha": 1}', '{"alpha": 1, "eta": 0, "gamma": [1]}'])
-def test_weights_with_damaged_calibration(weights_file, tmp_path, text):
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [("calibration", text, "calibration") for text in ("", "{", '{"alpha": 1}', '{"alpha": 1, "eta": 0, "gamma": [1]}')]
+    + [("prototype_beta", text, "a prototype_beta of at least 0") for text in ("", "many", "nan", "inf", "-1")],
+)
+def test_weights_with_damaged_metadata(weights_file, tmp_path, field, text, message):
     from safetensors import safe_open
 
     with safe_open(weights_file, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     path = tmp_path / "w.safetensors"
-    save_file(tensors, path, {**metadata, "calibration": text})
-    with pytest.raises(ValueError, match="calibration"):
-        load_weights(path)
-
-
-@pytest.mark.parametrize("text", ["", "many", "nan", "inf", "-1"])
-def test_weights_with_a_damaged_beta(weights_file, tmp_path, text):
-    from safetensors import safe_open
-
-    with safe_open(weights_file, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    path = tmp_path / "w.safetensors"
-    save_file(tensors, path, {**metadata, "prototype_beta": text})
-    with pytest.raises(ValueError, match="expected a prototype_beta of at least 0"):
+    save_file(tensors, path, {**metadata, field: text})
+    with pytest.raises(ValueError, match=message):
         load_weights(path)
 
 
