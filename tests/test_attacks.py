@@ -449,6 +449,12 @@ def test_settings_out_of_range_raise(make, message):
         make()
 
 
+def test_queries_about_more_images_than_were_counted_on(digits):
+    counter = QueryCounter(foolbox_model(Linear()), 2)
+    with pytest.raises(ValueError, match=r"images: expected the size of the batch, got 2 and image 2"):
+        PointwiseAttack(max_queries=20)(counter, digits.images[:3], digits.labels[:3], epsilons=None)
+
+
 # ABS inside other units and other modules
 
 
@@ -1329,7 +1335,17 @@ def test_gradients_flow_while_somebody_listens(modules, images):
         assert torch.equal(gradients(modules["prototype"], images), expected)
 
 
-@pytest.mark.parametrize("attack", [L2BisectorAttack(steps=3), LInfBisectorAttack(steps=3), LatentDescentAttack()])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        L2BisectorAttack(steps=3),
+        LInfBisectorAttack(steps=3),
+        LatentDescentAttack(),
+        PointwiseAttack(max_queries=20),
+        EpsilonSearchAttack(fb.attacks.FGSM(), [0.1]),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
 @pytest.mark.parametrize("wrong", [12, -1])
 def test_classes_that_the_model_does_not_have(digits, attack, wrong):
     model = foolbox_model(ABS(prototypes=200, steps=0))

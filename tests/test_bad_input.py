@@ -131,6 +131,12 @@ def test_unknown_model():
         load_model("resnet")
 
 
+@pytest.mark.parametrize("setting", ["gradient", "solver"])
+def test_a_baseline_with_a_setting_that_does_not_exist(setting):
+    with pytest.raises(ValueError, match=f"{setting}: expected one of .*, got 'exact'"):
+        load_model("cnn", **{setting: "exact"})
+
+
 def test_unknown_weights():
     with pytest.raises(FileNotFoundError, match=r"no weights at 'nowhere': expected a bundled name"):
         ABS("nowhere")

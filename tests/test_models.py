@@ -403,6 +403,19 @@ def test_products_are_not_reduced_until_the_last_thread_is_done(allow, settings_
     assert not {"tf32", "bf16"} & set(within[1:5])
 
 
+def test_what_was_changed_before_an_error_is_put_back(settings_of_products, monkeypatch):
+    ALLOWED["cuda"]()
+    before = settings_of_products()
+
+    def fail():
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", fail)
+    with pytest.raises(RuntimeError, match="not now"), full_precision(torch.device("cpu")):
+        pass
+    assert settings_of_products() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_models_of_every_precision_can_be_described(kind, random_weights, dtype):
     model = kind(random_weights(3), prototypes=5, steps=0)

@@ -179,6 +179,8 @@ def test_clipped_takes_what_the_model_refuses(random_weights, beside):
     assert (gradient[(beside < 0) | (beside > 1)] == 0).all()
     with pytest.raises(ValueError, match="expected finite"):
         clipped(beside * torch.nan)
+    with pytest.raises(ValueError, match="expected finite"):
+        clipped(beside / torch.zeros_like(beside))
     with pytest.raises(ValueError, match="floating point"):
         clipped(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +16,13 @@ def check_counts(least: int = 1, **settings: Any) -> None:
             raise ValueError(f"{name}: expected a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_choices(**settings: tuple[object, Collection[object]]) -> None:
+    """Raise ``ValueError`` for settings, each a value and the allowed ones, that are none of these."""
+    for name, (value, choices) in settings.items():
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_positive(**settings: float) -> None:

@@ -25,7 +25,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with torch.autocast(device.type, enabled=False):
         with _lock:
             if not _inside:
-                _forbid_reduced_products(_put_back)
+                with contextlib.ExitStack() as put_back:
+                    _forbid_reduced_products(put_back)
+                    _put_back.push(put_back.pop_all())
             _inside += 1
         try:
             yield

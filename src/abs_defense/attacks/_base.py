@@ -226,6 +226,18 @@ def _asks_for_the_class(criterion: Criterion) -> bool:
     return type(criterion) in (Misclassification, TargetedMisclassification)
 
 
+def _check_classes(criterion: Criterion, outputs: ep.Tensor) -> None:
+    if not isinstance(criterion, (Misclassification, TargetedMisclassification)):
+        return
+    for name in ("labels", "target_classes"):
+        labels = getattr(criterion, name, None)
+        if labels is None or not len(labels):
+            continue
+        lowest, highest, last = labels.min().item(), labels.max().item(), outputs.shape[1] - 1
+        if lowest < 0 or highest > last:
+            raise ValueError(f"{name}: expected classes 0 to {last}, got values from {lowest} to {highest}")
+
+
 class Oracle:
     """Answers "is this adversarial?" for some images of a batch, so that finished ones cost no query.
 
@@ -234,12 +246,16 @@ class Oracle:
 
     Attributes:
         clean: which images are adversarial as they are, ``(N,)``.
+
+    Raises:
+        ValueError: the criterion names classes that the model does not have.
     """
 
     def __init__(self, model: Model, criterion: Criterion, x: ep.Tensor) -> None:
         self._model, self._criterion = model, criterion
         rows = np.arange(len(x))
         self._outputs = self._ask(x, rows)
+        _check_classes(criterion, self._outputs)
         self._perturbed = x
         self.clean: Flags = self._judge(rows)
 

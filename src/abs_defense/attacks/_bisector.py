@@ -89,7 +89,6 @@ class BisectorAttack(ContractAttack):
     ) -> ep.Tensor:
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
-        goal.check(insight.clean_observation)
         observation = insight.clean_observation
         setting = insight.setting(self.margin)
         original: Tensor = x.raw.detach()

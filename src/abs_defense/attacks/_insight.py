@@ -36,16 +36,6 @@ class Goal:
             f"got {type(criterion).__name__}"
         )
 
-    def check(self, observation: Observation) -> None:
-        """Raise ``ValueError`` if a label or target is not a class of the model."""
-        classes = observation.inference.energy.shape[1]
-        for name, wanted in {"labels": self.labels, "target_classes": self.targets}.items():
-            if wanted is not None and not ((wanted >= 0) & (wanted < classes)).all():
-                raise ValueError(
-                    f"{name}: expected classes 0 to {classes - 1}, got values from {int(wanted.min())} "
-                    f"to {int(wanted.max())}"
-                )
-
     def rivals(self, energies: Tensor, rows: Tensor) -> Tensor:
         """The class to go to: the target, else the one of lowest energy that is not the label, ``(N,)``."""
         if self.targets is not None:

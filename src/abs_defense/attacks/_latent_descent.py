@@ -60,7 +60,6 @@ class LatentDescentAttack(ContractAttack):
     def _perturb(self, model: Model, x: ep.Tensor, criterion: Criterion, early_stop: float | None) -> ep.Tensor:
         goal = Goal.of(criterion, self)
         insight = Insight(model, criterion, x)
-        goal.check(insight.clean_observation)
         original: Tensor = x.raw.detach()
         result = original.clone()
 

@@ -38,6 +38,7 @@ class QueryCounter(WrappedModel):
 
     Raises:
         QueryLimitExceededError: at the call, before the model is asked for more than a limit.
+        ValueError: ``images`` is not a whole number of at least 1, or at the call less than the batch.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class QueryCounter(WrappedModel):
     ) -> None:
         added = np.zeros_like(counts)
         if rows is not None:
+            if rows.max(initial=0) >= len(counts):
+                raise ValueError(f"images: expected the size of the batch, got {len(counts)} and image {rows.max()}")
             np.add.at(added, rows, 1.0)
         else:
             added += size / len(counts)

@@ -18,6 +18,7 @@ from foolbox import attacks as fa
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from torch import nn
 
+from abs_defense._checks import check_choices
 from abs_defense.attacks import (
     ARTAttack,
     EpsilonSearchAttack,
@@ -428,15 +429,13 @@ def choose_measurements(
     Raises:
         ValueError: no such preset or measurement, or an added one with the name of another.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    check_choices(preset=(preset, PRESETS))
     everything = {m.name: m for m in (*PRESETS["quick"], *PRESETS["full"], *PRESETS[preset])}
     for measurement in added:
         if everything.setdefault(measurement.name, measurement) is not measurement:
             raise ValueError(f"attack {measurement.name!r}: there is another one of this name")
     for name in (*names, *skip):
-        if name not in everything:
-            raise ValueError(f"measurement: expected one of {', '.join(everything)}, got {name!r}")
+        check_choices(measurement=(name, everything))
     chosen = [CLEAN, *(everything[name] for name in names)] if names else [*PRESETS[preset], *added]
     unique = {measurement.name: measurement for measurement in chosen}
     return [m for m in unique.values() if m.name not in skip]

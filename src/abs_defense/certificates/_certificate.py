@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from abs_defense._checks import check_counts
+from abs_defense._checks import check_choices, check_counts
 from abs_defense._precision import full_precision
 from abs_defense.certificates._estimated import LatentSearch, lowest_energies
 from abs_defense.certificates._exact import ExactSearch
@@ -253,10 +253,7 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
             f"model: {type(model).__name__} changes what ABS.forward sees or returns (a subclass with its own forward, "
             "or a forward pre-hook), of which a certificate says nothing"
         )
-    if norm not in NORM_NAMES:
-        raise ValueError(f"norm: expected one of {', '.join(NORM_NAMES)}, got {norm!r}")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_choices(norm=(norm, NORM_NAMES), method=(method, METHODS))
     if method != "bisector" and norm != "l2":
         raise ValueError(f"method {method!r} is for norm 'l2', got {norm!r}; 'bisector' serves all norms")
     if method != "bisector" and model.binary_threshold is not None:

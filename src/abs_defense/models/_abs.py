@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from abs_defense._checks import check_counts, check_positive
+from abs_defense._checks import check_choices, check_counts, check_positive
 from abs_defense._precision import full_precision
 from abs_defense.inference import (
     PIXELS,
@@ -368,8 +368,6 @@ def _check_settings(*, steps: int, lr: float, radius: float, beta: float, solver
     check_positive(lr=lr, radius=radius)
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
-    for name, choice, choices in (("gradient", gradient, get_args(Gradient)), ("solver", solver, get_args(Solver))):
-        if choice not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
+    check_choices(gradient=(gradient, get_args(Gradient)), solver=(solver, get_args(Solver)))
     if gradient == "unrolled" and solver != "adam":
         raise ValueError(f'gradient="unrolled" goes through the steps of Adam: expected solver="adam", got {solver!r}')

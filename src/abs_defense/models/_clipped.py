@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from abs_defense.models._classifier import Classifier
@@ -38,10 +39,11 @@ class Clipped(Classifier):
         """Logits of the clipped images: ``(N, 1, 28, 28) -> (N, C)``.
 
         Raises:
-            TypeError, ValueError: as the model's, but for values outside [0, 1].
+            TypeError, ValueError: as the model's, but for finite values outside [0, 1].
         """
-        clipped = images.clamp(0.0, 1.0) if isinstance(images, Tensor) and images.is_floating_point() else images
-        logits: Tensor = self.model(clipped)
+        if isinstance(images, Tensor) and images.is_floating_point():
+            images = torch.where(images.isfinite(), images.clamp(0.0, 1.0), images)
+        logits: Tensor = self.model(images)
         return logits
 
     def confidence_softmax(self, logits: Tensor) -> Tensor:

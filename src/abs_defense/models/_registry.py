@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
+from abs_defense._checks import check_choices
 from abs_defense.inference import Solver
 from abs_defense.models._abs import ABS, BinaryABS, Gradient
 from abs_defense.models._baselines import BASELINE_NAMES, bundled_baselines, load_baseline
@@ -86,7 +87,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such weights.
-        ValueError: no model of that name, or weights of another one.
+        ValueError: no model of that name, weights of another one, or an unknown gradient or solver.
     """
     if name in _ABS_MODELS:
         source = default_weights(name) if weights is None else weights
@@ -95,6 +96,7 @@ def load_model(
         return _ABS_MODELS[name](source, gradient=gradient, solver=solver, seed=seed)
     if name not in BASELINE_NAMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+    check_choices(gradient=(gradient, get_args(Gradient)), solver=(solver, (None, *get_args(Solver))))
     if isinstance(weights, Weights):
         raise ValueError(f"weights: expected a file for {name!r}, got weights of ABS")
     return load_baseline(name, weights)
