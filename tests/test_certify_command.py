@@ -57,7 +57,9 @@ def test_table_and_rows_are_what_certify_gives(digits, small_weights, tmp_path):
     assert [int(r["rival"]) for r in rows] == certificate.rival.tolist()
     assert [int(r["label"]) for r in rows] == digits.labels.tolist()
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "manifest.json").read_text())["norm"] == "l2"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["norm"] == "l2"
+    assert [machine["device"] for machine in manifest["hardware"]] == ["cpu"]
 
 
 def test_a_stopped_run_continues(digits, small_weights, tmp_path, monkeypatch):

@@ -733,7 +733,9 @@ def test_report_is_complete(four, tmp_path, weights_file):
     assert "∞" not in latex
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["measurements"]["ddn"]["steps"] == 4
-    assert manifest["hardware"]["cores"] == os.cpu_count()
+    (machine,) = manifest["hardware"]
+    assert machine["device"] == "cpu"
+    assert machine["cores"] == os.cpu_count()
 
 
 def test_report_from_finished_pieces(four, tmp_path):
@@ -756,6 +758,22 @@ def test_report_from_finished_pieces(four, tmp_path):
     assert "not computed yet" in result.stdout
     with pytest.raises(FileNotFoundError, match=r"holds no evaluation: plan\.json, manifest\.json, images\.npz not"):
         rebuild_report(tmp_path / "nowhere")
+
+
+def test_hardware_of_every_piece(four, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("abs_defense.benchmark._measure.hardware", lambda device: {"device": "elsewhere"})
+        run_evaluation([TINY], (CLEAN,), four, tmp_path, progress=False)
+    run_evaluation([TINY], (CLEAN, *FAST[:1]), four, tmp_path, progress=False)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert sorted(machine["device"] for machine in manifest["hardware"]) == ["cpu", "elsewhere"]
+    piece = next((tmp_path / "pieces").glob("tiny-ddn-*.npz"))
+    arrays = {name: value for name, value in _load(piece).items() if name != "hardware"}
+    np.savez_compressed(piece, **arrays)  # as written before this was kept
+    rebuild_report(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["hardware"] == [{"device": "elsewhere"}]
+    assert "elsewhere" in (tmp_path / "report.html").read_text()
 
 
 def test_pieces_say_what_they_are(four, tmp_path):

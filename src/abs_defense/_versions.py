@@ -23,9 +23,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def hardware() -> dict[str, Any]:
-    """What this process computes on; it decides the time of a result, and its last digits."""
+def hardware(device: str | torch.device) -> dict[str, Any]:
+    """What this process computes on, on that device; it decides the time of a result, and its last digits."""
     return {
+        "device": str(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

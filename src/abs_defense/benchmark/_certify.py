@@ -16,7 +16,7 @@ import torch
 from abs_defense._files import replace_atomically, require_writable_folder
 from abs_defense._versions import versions
 from abs_defense.benchmark._figures import certified_figure, save_figure
-from abs_defense.benchmark._runner import Piece, Result, make_plan, run_plan
+from abs_defense.benchmark._runner import Piece, Result, computed_on, make_plan, run_plan
 from abs_defense.benchmark._store import Arrays
 from abs_defense.benchmark._suite import NORMS, CertificateSpec, our_model
 from abs_defense.benchmark._table import Row, certified, write_csv
@@ -99,6 +99,7 @@ def run_certification(
     rows: list[Row] = []
     radii: dict[str, npt.NDArray[np.float64]] = {}
     described: dict[str, Any] = {}
+    everything: list[Result] = []
 
     def report(piece: Piece, arrays: Arrays) -> None:
         per_image.extend(_image_rows(piece, arrays))
@@ -126,6 +127,7 @@ def run_certification(
             if result.errors:
                 raise RuntimeError(f"certification failed: {'; '.join(result.errors)}")
             results.append(result)
+        everything.extend(results)
         radii[name] = np.stack([r.arrays.get("radius", np.zeros(0)) for r in results])
         rows.append(_table_row(name, norm, method, results))
     write_csv(rows, folder / "table.csv")
@@ -137,7 +139,7 @@ def run_certification(
         "method": method,
         **settings,
         "seeds": list(range(seed, seed + seeds)),
-        "device": str(device),
+        "hardware": computed_on(everything),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from abs_defense._files import replace_atomically, require_writable_folder
-from abs_defense._versions import hardware, versions
+from abs_defense._versions import versions
 from abs_defense.benchmark._figures import (
     adversarial_figure,
     curve_figure,
@@ -24,7 +24,17 @@ from abs_defense.benchmark._figures import (
 )
 from abs_defense.benchmark._published import Curve
 from abs_defense.benchmark._report import ReportFigure, write_report
-from abs_defense.benchmark._runner import PIECES, Executor, Plan, Record, Result, gather, make_plan, run_plan
+from abs_defense.benchmark._runner import (
+    PIECES,
+    Executor,
+    Plan,
+    Record,
+    Result,
+    computed_on,
+    gather,
+    make_plan,
+    run_plan,
+)
 from abs_defense.benchmark._store import Store
 from abs_defense.benchmark._suite import Measurement, ModelSpec
 from abs_defense.benchmark._table import Row, attack_rows, found_adversarials, model_rows, robustness_rows, write_table
@@ -100,11 +110,9 @@ def run_evaluation(
         "models": {piece.model.name: piece.key.model_settings for piece in plan.pieces},
         "measurements": {m.name: {"norm": m.norm, **m.identity()} for m in measurements},
         "seed": seed,
-        "device": str(device),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "hardware": hardware() if executor is None else "of the executor's workers",
     }
     for stale in (folder / FIGURES).glob("*"):
         stale.unlink()
@@ -180,6 +188,8 @@ def _write(
     manifest: Mapping[str, Any],
     curves: Mapping[tuple[str, Norm], Curve] | None,
 ) -> Evaluation:
+    manifest = {**manifest, "hardware": computed_on(results)}
+    _write_json(folder / MANIFEST, manifest)
     tables = {
         "robustness": robustness_rows(results, data, kinds),
         "models": model_rows(results, data, kinds),

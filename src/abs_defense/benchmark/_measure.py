@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from abs_defense._versions import hardware
 from abs_defense.attacks import DistalAttack, FiniteDifferenceModel, QueryCounter, snap_to_threshold
 from abs_defense.benchmark._code import attributes_digest
 from abs_defense.benchmark._store import Arrays
@@ -45,7 +47,7 @@ def measure(
     *,
     start: int = 0,
 ) -> Arrays:
-    """Measure. All arrays have one row an image but ``seconds``, of computing, which has one.
+    """Measure. All arrays have one row an image but ``seconds``, of computing, and ``hardware``, as JSON: one row.
 
     - clean: ``predictions``, ``confidences``;
     - attacks: ``distances`` (0 for images that are misclassified as they are, infinity where the attack failed or left
@@ -69,7 +71,8 @@ def measure(
             arrays = _distal(measurement, model, x, start)
         else:
             arrays = _clean(model, x)
-    return {**arrays, "seconds": np.array([time.perf_counter() - started])}
+    seconds = time.perf_counter() - started
+    return {**arrays, "seconds": np.array([seconds]), "hardware": np.array([json.dumps(hardware(x.device))])}
 
 
 def describe(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:

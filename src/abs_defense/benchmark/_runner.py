@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +142,7 @@ class Result:
             on some pieces only, their images have an infinite distance, or 0 if they are misclassified as they are.
         seconds: of computing, summed over pieces.
         errors: of the pieces that failed.
+        hardware: what the pieces were computed on, each once, as JSON.
     """
 
     model: str
@@ -148,6 +151,7 @@ class Result:
     arrays: Arrays
     seconds: float
     errors: tuple[str, ...] = ()
+    hardware: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -368,11 +372,17 @@ def gather(
             for record, arrays in zip(group, found, strict=True)
         ]
         seconds = sum(float(part.pop("seconds").sum()) for part in parts if "seconds" in part)
+        computed_on = tuple(sorted({machine for part in parts for machine in part.pop("hardware", ())}))
         joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if usable else {}
         if name == CLEAN.name and usable:
             misclassified[model] = joined["predictions"] != data.labels.numpy()
-        results.append(Result(model, name, group[0].norm if group else None, joined, seconds, errors))
+        results.append(Result(model, name, group[0].norm if group else None, joined, seconds, errors, computed_on))
     return results
+
+
+def computed_on(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The machines and devices of all pieces, each once."""
+    return [json.loads(text) for text in sorted({text for result in results for text in result.hardware})]
 
 
 def _not_computed(record: Record) -> str:
