@@ -530,6 +530,8 @@ def test_presets_are_sound(preset):
     assert DISTAL.name in names
     for measurement in PRESETS[preset]:
         assert all(kind in {*MODEL_NAMES, "other"} for kind in measurement.models)
+        if measurement.name.endswith("-estimated") and isinstance(measurement, AttackSpec):
+            assert measurement.piece == 50 or 2**19 < measurement.piece * measurement.queries <= 1e6
         if "brendel-bethge" in measurement.name and importlib.util.find_spec("numba") is None:
             continue  # abs-defense[attacks]
         if isinstance(measurement, AttackSpec) and measurement.surrogate is None:
