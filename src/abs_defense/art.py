@@ -1,7 +1,4 @@
-"""ABS in the Adversarial Robustness Toolbox: a classifier with everything set, and the paper's attacks.
-
-ART is imported here and nowhere else in this package.
-"""
+"""ABS in the Adversarial Robustness Toolbox: a classifier with everything set, and the paper's attacks."""
 
 from __future__ import annotations
 
