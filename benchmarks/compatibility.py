@@ -83,8 +83,8 @@ Square attacks (L2 {l2}) goes over the same images:
   has the same logits each time.
 - **"points with zero gradient"** and **"Square Attack has decreased the robust accuracy"** would be true wherever they
   appear: gradients lead badly there, and an attack without gradients does better. On Binary ABS the gradient passes the
-  threshold straight through (BPDA), which is an estimate, and AutoAttack does not say so. Attacks that know the threshold
-  do better, by much where nobody takes back what the model does not see ([gradients](gradients.md)).
+  threshold straight through (BPDA), which is an estimate, and AutoAttack does not say so. Attacks that know the
+  threshold do better, by much where nobody takes back what the model does not see ([gradients](gradients.md)).
 - With `gradient="none"` gradient attacks stop with an error instead of finding nothing.
 """
 

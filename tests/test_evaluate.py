@@ -774,7 +774,7 @@ def test_hardware_of_every_piece(four, tmp_path, monkeypatch):
     np.savez_compressed(piece, **arrays)  # as written before this was kept
     rebuild_report(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["hardware"] == [{"device": "elsewhere"}]
+    assert manifest["hardware"] == [{"device": "elsewhere"}, {"device": "not recorded"}]
     assert "elsewhere" in (tmp_path / "report.html").read_text()
 
 

@@ -96,6 +96,7 @@ class Failure:
 
 
 PIECES = "pieces"
+_NOT_RECORDED = '{"device": "not recorded"}'  # by earlier versions
 Outcome = tuple[Piece, Arrays | Failure]
 Executor = Callable[[Sequence[Piece]], Iterable[Outcome]]
 
@@ -372,11 +373,13 @@ def gather(
             for record, arrays in zip(group, found, strict=True)
         ]
         seconds = sum(float(part.pop("seconds").sum()) for part in parts if "seconds" in part)
-        computed_on = tuple(sorted({machine for part in parts for machine in part.pop("hardware", ())}))
+        machines = {text for part in found if part is not None for text in part.pop("hardware", (_NOT_RECORDED,))}
         joined = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if usable else {}
         if name == CLEAN.name and usable:
             misclassified[model] = joined["predictions"] != data.labels.numpy()
-        results.append(Result(model, name, group[0].norm if group else None, joined, seconds, errors, computed_on))
+        results.append(
+            Result(model, name, group[0].norm if group else None, joined, seconds, errors, tuple(sorted(machines)))
+        )
     return results
 
 
