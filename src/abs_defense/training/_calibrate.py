@@ -53,7 +53,10 @@ def calibrate_confidence(energies: Tensor, labels: Tensor) -> tuple[float, float
         if best is None or cross_entropy < best[0]:
             best = cross_entropy, alpha, float(eta)
     if best is None:
-        raise ValueError(f"no alpha and eta give a median confidence of {_MEDIAN_CONFIDENCE} on these energies")
+        raise ValueError(
+            f"no alpha from {_ALPHAS[0]:g} to {_ALPHAS[-1]:g} gives a median confidence of {_MEDIAN_CONFIDENCE} on "
+            f"{len(scores)} images: their energies hardly differ between the classes; train longer or on more images"
+        )
     return best[1], best[2]
 
 
