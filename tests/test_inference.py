@@ -1,6 +1,7 @@
 """Inference: decoders, prototypes, descent, energies and their gradients, against plain or closed forms."""
 
 import math
+import multiprocessing
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from abs_defense.inference import (
     InferenceSettings,
     JointDecoder,
     Prototypes,
+    _elementwise,
     descend,
     energy,
     envelope_gradient,
@@ -25,6 +27,7 @@ from abs_defense.inference import (
     sample_latents,
     unrolled_gradient,
 )
+from abs_defense.inference._elementwise import elu_of_sum
 from abs_defense.inference._pairs import Pairs
 from abs_defense.models import VAE, fold_decoders
 
@@ -137,6 +140,82 @@ def test_pairs_are_computed_together_as_class_by_class(random_stack, monkeypatch
         assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.fixture(params=["numba", "torch"])
+def compiled(request, monkeypatch):
+    """With the compiled loop and without."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        assert _elementwise._elu_kernel() is not None
+    else:
+        monkeypatch.setattr(_elementwise, "_elu_kernel", lambda: None)
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize(
+    ("shape", "bias_shape", "parts"),
+    [
+        ((1, 16, 5, 7), (16, 1, 1), 1),
+        ((100, 16, 25, 25), (16, 1, 1), 1),
+        ((7, 1500, 3, 3), (1500, 1, 1), 1),
+        ((4, 6, 90), (4, 1, 90), 4),
+        ((3, 10, 512), (3, 1, 512), 3),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-7), (torch.float64, 1e-15)])
+def test_elu_of_sum(threads, shape, bias_shape, parts, channels_last, dtype, tolerance):
+    a, bias = 3.0 * normal(*shape, dtype=dtype), normal(*bias_shape, seed=1, dtype=dtype)
+    if channels_last and len(shape) == 4:
+        a = a.contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.elu((a + bias).double())
+    with torch.no_grad():
+        found = elu_of_sum(a.clone(), bias, parts)
+    assert found.dtype == dtype
+    assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("position", [0, 13, 1023, 1024])
+def test_elu_of_extreme_values(position):
+    values = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -1e38, -87.0, -88.0, -1000.0, -1e-20, 0.0])
+    a = torch.zeros(1, 1, 2000)
+    a[0, 0, position : position + len(values)] = values
+    with torch.no_grad():
+        found = elu_of_sum(a, torch.zeros(1, 1, 2000))[0, 0, position : position + len(values)]
+    expected = torch.tensor([math.nan, math.inf, -1.0, 1e38, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
+    assert_close(found, expected, rtol=0.0, atol=1e-7, equal_nan=True)
+
+
+def elu_on_threads(connection):
+    """With nothing of torch's own: its threads do not survive a fork."""
+    a, kernel = np.full(2**20, -1.0, np.float32), _elementwise._elu_kernel()
+    _elementwise._run(kernel, a, np.zeros((1, 16), np.float32))
+    connection.send(a.sum())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_threads_of_elu_are_there_again_after_a_fork(threads):
+    pytest.importorskip("numba")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    elu_on_threads(sender)
+    expected = receiver.recv()
+    child = multiprocessing.get_context("fork").Process(target=elu_on_threads, args=(sender,), daemon=True)
+    child.start()
+    assert receiver.poll(60.0)
+    assert receiver.recv() == expected
+    child.join()
+
+
 def rounds_alike_in_batches(threads):
     """Whether this CPU's products and convolutions give an image the same bits in all batches, groups and threads."""
 
@@ -174,27 +253,24 @@ def rounds_alike_in_batches(threads):
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and same and grouped
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 def test_a_pair_is_the_same_to_the_bit_whatever_is_computed_with_it(random_stack, threads):
     decoders = random_stack(3, 8, widths=(32, 16, 16)).float().class_decoders()
     joint = JointDecoder(decoders)
     latents, images = normal(3, 100, 8, dtype=torch.float32), flat_images(100, dtype=torch.float32)
-    before = torch.get_num_threads()
-    try:
-        if not rounds_alike_in_batches(threads):
-            pytest.skip("this CPU's kernels round differently in batches of different sizes")
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            expected = decoders[1].squared_error_and_gradient(latents[1], images)
-            torch.set_num_threads(threads)
-            for count in (1, 2, 5, 9, 10, 11, 17, 26, 33, 64, 99):
-                found = decoders[1].squared_error_and_gradient(latents[1, :count], images[:count])
-                together = joint.squared_error_and_gradient(latents[:, :count], images[:count])
-                for value, all_values, of_joint in zip(found, expected, together, strict=True):
-                    assert torch.equal(value, all_values[:count])
-                    assert torch.equal(of_joint[1], all_values[:count])
-    finally:
-        torch.set_num_threads(before)
+    if not rounds_alike_in_batches(threads):
+        pytest.skip("this CPU's kernels round differently in batches of different sizes")
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        expected = decoders[1].squared_error_and_gradient(latents[1], images)
+        torch.set_num_threads(threads)
+        for count in (1, 2, 5, 9, 10, 11, 17, 26, 33, 64, 99):
+            found = decoders[1].squared_error_and_gradient(latents[1, :count], images[:count])
+            together = joint.squared_error_and_gradient(latents[:, :count], images[:count])
+            for value, all_values, of_joint in zip(found, expected, together, strict=True):
+                assert torch.equal(value, all_values[:count])
+                assert torch.equal(of_joint[1], all_values[:count])
 
 
 def test_joint_decoding_pays_for_few_images_of_many_classes():

@@ -7,23 +7,19 @@ latent descent needs no autograd graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from abs_defense.inference._elementwise import elu_backward, elu_of_sum, sigmoid_backward, whole_vectors
+
 IMAGE_SHAPE = (1, 28, 28)
 PIXELS = 784
 KERNELS = (4, 5, 5, 4)
 STRIDES = (1, 2, 2, 1)
-_LOG2_E = math.log2(math.e)
-# What a CPU's result must not depend on: the rows of a product, the elements a thread computes. See _product and
-# _whole_vectors.
-_ROWS = 8
-_VECTORS = 64
-_GRAIN = 32768  # of at::parallel_for
+_ROWS = 8  # of a product, for _product
 # Measured on a CPU, in units of what one more latent costs.
 _COST_OF_CALL = 6.0
 _COST_OF_JOINT_CALL = 6.0
@@ -140,16 +136,16 @@ class _Decoders:
 
     def _forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         g, n = latents.shape[:2]
-        h0 = _elu(_product(latents, self.w0) + self.b0).view(g, n, 16, -1).permute(1, 2, 0, 3).reshape(n, 4, 4, -1)
-        h0 = h0.permute(0, 3, 1, 2)
-        h1 = _elu(_transposed_convolution(h0, self.w1, self.b1, g))
-        h2 = _elu(_transposed_convolution(h1, self.w2, self.b2, g))
+        h0 = elu_of_sum(_product(latents, self.w0).contiguous(), self.b0, g).view(g, n, 16, -1)
+        h0 = h0.permute(1, 2, 0, 3).reshape(n, 4, 4, -1).permute(0, 3, 1, 2)
+        h1 = elu_of_sum(_transposed_convolution(h0, self.w1, g), self.b1)
+        h2 = elu_of_sum(_transposed_convolution(h1, self.w2, g), self.b2)
         taps = self.w3_taps @ h2.permute(0, 2, 3, 1).reshape(n * 625, g, -1).permute(1, 2, 0)
         rows = taps.new_zeros(g, 4, n, 25, 28)
         for j, tap in enumerate(taps.view(g, 4, 4, n, 25, 25).unbind(2)):
             rows.narrow(4, j, 25).add_(tap)
         number = g * n * PIXELS
-        padded = taps.new_zeros(_whole_vectors(number))
+        padded = taps.new_zeros(whole_vectors(number))
         sums = padded[:number].view(g, n, 28, 28).add_(self.b3)
         for i, row in enumerate(rows.unbind(1)):
             sums.narrow(2, i, 25).add_(row)
@@ -158,10 +154,10 @@ class _Decoders:
     def _pullback(self, latents: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         decoded, (h0, h1, h2) = self._forward(latents)
         g, n = decoded.shape[:2]
-        grad = self._last_adjoint(_sigmoid_backward(gradient(decoded), decoded))
-        grad = _elu_backward(grad, h2)
-        grad = _elu_backward(F.conv2d(grad, self.w2, stride=2, groups=g), h1)
-        grad = _elu_backward(F.conv2d(grad, self.w1, stride=2, groups=g), h0)
+        grad = self._last_adjoint(sigmoid_backward(gradient(decoded), decoded))
+        grad = elu_backward(grad, h2)
+        grad = elu_backward(F.conv2d(grad, self.w2, stride=2, groups=g), h1)
+        grad = elu_backward(F.conv2d(grad, self.w1, stride=2, groups=g), h0)
         grad = grad.permute(0, 2, 3, 1).reshape(n, 16, g, -1).permute(2, 0, 1, 3).reshape(g, n, -1)
         return _product(grad, self.w0.transpose(1, 2))
 
@@ -251,9 +247,9 @@ class JointDecoder(_Decoders):
         return self._squared_error_and_gradient(latents, images)
 
 
-def _transposed_convolution(image: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+def _transposed_convolution(image: Tensor, weight: Tensor, groups: int) -> Tensor:
     """Of stride 2. With the bias inside, oneDNN takes a kernel several times as slow."""
-    return F.conv_transpose2d(image, weight, stride=2, groups=groups).add_(bias)
+    return F.conv_transpose2d(image, weight, stride=2, groups=groups)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -262,43 +258,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     rows = a.shape[1]
     missing = -rows % _ROWS
     return (F.pad(a, (0, 0, 0, missing)) @ b)[:, :rows] if missing else a @ b
-
-
-def _whole_vectors(number: int) -> int:
-    """The next size of which each of torch's threads takes whole vectors: a function of the elements left over is
-    computed by other code, with other rounding."""
-    threads = max(1, min(torch.get_num_threads(), -(-number // _GRAIN)))
-    return number + -number % (_VECTORS * threads)
-
-
-def _elu(a: Tensor) -> Tensor:
-    """elu(a) = max(a, exp(min(a, 0)) - 1); in place unless autograd watches.
-
-    On a CPU torch's ELU takes longer than the convolution before it; the same from ``exp2``, which is vectorised, half
-    as long.
-    """
-    if torch.is_grad_enabled():
-        return F.elu(a)
-    if a.device.type != "cpu":
-        return F.elu_(a)
-    flat = a.as_strided((a.numel(),), (1,))  # whatever the layout
-    padded = flat.new_empty(_whole_vectors(len(flat)))
-    torch.clamp_max(flat, 0.0, out=padded[: len(flat)])
-    torch.maximum(flat, padded.mul_(_LOG2_E).exp2_().sub_(1.0)[: len(flat)], out=flat)
-    return a
-
-
-def _elu_backward(grad: Tensor, activation: Tensor) -> Tensor:
-    """``grad * elu'``, from the activation elu(a): 1 above zero, activation + 1 below; one pass over memory, in place
-    unless autograd watches."""
-    constants = (1.0, 1.0, 1.0, True)
-    if torch.is_grad_enabled():
-        out: Tensor = torch.ops.aten.elu_backward(grad, *constants, activation)
-    else:
-        out = torch.ops.aten.elu_backward(grad, *constants, activation, grad_input=grad)
-    return out
-
-
-def _sigmoid_backward(grad: Tensor, output: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten.sigmoid_backward(grad, output)
-    return out
