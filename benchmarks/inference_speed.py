@@ -16,6 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,14 @@ def peak(device: torch.device) -> float:
     a, b = torch.randn(2, size, size, device=device)
     torch.mm(a, b)
     return 2 * size**3 / seconds(lambda: torch.mm(a, b), device, 7)
+
+
+def numba_version() -> str:
+    """Of numba, which compiles a part of the work on a CPU where it is installed."""
+    try:
+        return f"numba {version('numba')}"
+    except PackageNotFoundError:
+        return "without numba"
 
 
 def memory(device: torch.device) -> str:
@@ -170,7 +179,8 @@ def main() -> None:
     hundred = digits.repeat(5, 1, 1, 1)
 
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; 8000 prototypes, 10 classes")
+    libraries = f"torch {torch.__version__}, {numba_version()}"
+    print(f"{hardware}, {torch.get_num_threads()} threads, {libraries}; 8000 prototypes, 10 classes")
     peaks = [peak(device)]
     print(f"peak of a product in single precision: {peaks[0] / 1e9:.0f} GFLOP/s")
 
