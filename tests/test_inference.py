@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import sys
 from functools import partial
 
 import numpy as np
@@ -193,6 +194,33 @@ def test_elu_of_extreme_values(position):
         found = elu_of_sum(a, torch.zeros(1, 1, 2000))[0, 0, position : position + len(values)]
     expected = torch.tensor([math.nan, math.inf, -1.0, 1e38, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
     assert_close(found, expected, rtol=0.0, atol=1e-7, equal_nan=True)
+
+
+def test_elu_is_compiled_anew_where_nothing_can_be_kept(monkeypatch):
+    numba = pytest.importorskip("numba")
+    compile_it = numba.njit
+
+    def without_a_place(signature, *, cache=False, **options):
+        def decorate(function):
+            if cache:
+                raise RuntimeError("cannot cache function: no locator available")
+            return compile_it(signature, **options)(function)
+
+        return decorate
+
+    monkeypatch.setattr(numba, "njit", without_a_place)
+    a = np.full(20, -1.0, np.float32)
+    _elementwise._elu_kernel.__wrapped__()(a, np.zeros((1, 5), np.float32))
+    np.testing.assert_allclose(a, math.expm1(-1.0), rtol=1e-6)
+
+
+def test_elu_is_torchs_without_numba_and_without_its_compiler(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "numba", None)
+        assert _elementwise._elu_kernel.__wrapped__() is None
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert _elementwise._elu_kernel.__wrapped__() is None
 
 
 def elu_on_threads(connection):
