@@ -169,6 +169,7 @@ def threads(request):
         ((7, 1500, 3, 3), (1500, 1, 1), 1),
         ((4, 6, 90), (4, 1, 90), 4),
         ((3, 10, 512), (3, 1, 512), 3),
+        ((3, 700, 512), (3, 1, 512), 3),
     ],
 )
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -196,14 +197,18 @@ def test_elu_of_extreme_values(position):
     assert_close(found, expected, rtol=0.0, atol=1e-7, equal_nan=True)
 
 
-def test_elu_is_compiled_anew_where_nothing_can_be_kept(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("cannot cache function: no locator available"), EOFError("Ran out of input"), OSError(28, "full")],
+)
+def test_elu_is_compiled_anew_where_nothing_can_be_kept(monkeypatch, error):
     numba = pytest.importorskip("numba")
     compile_it = numba.njit
 
     def without_a_place(signature, *, cache=False, **options):
         def decorate(function):
             if cache:
-                raise RuntimeError("cannot cache function: no locator available")
+                raise error
             return compile_it(signature, **options)(function)
 
         return decorate

@@ -38,7 +38,7 @@ def elu_of_sum(a: Tensor, bias: Tensor, parts: int = 1) -> Tensor:
     as long; in one pass over memory, compiled by numba where that is installed, a fifth.
 
     Args:
-        a: ``(parts, N, C)`` or ``(N, C, H, W)``, without gaps in memory.
+        a: ``(parts, N, C)`` or ``(N, C, H, W)``, without gaps in memory; with ``parts`` contiguous.
         bias: that can be added to ``a``, one value for each of the C channels, and of the ``parts``.
         parts: 1 for ``(N, C, H, W)``.
     """
@@ -47,7 +47,9 @@ def elu_of_sum(a: Tensor, bias: Tensor, parts: int = 1) -> Tensor:
     if a.device.type != "cpu":
         return F.elu_(a.add_(bias))
     kernel = _elu_kernel() if a.dtype == torch.float32 else None
-    if kernel is not None and (a.ndim == 3 or a.is_contiguous(memory_format=torch.channels_last)):
+    if kernel is not None and a.is_contiguous(
+        memory_format=torch.channels_last if a.ndim == 4 else torch.contiguous_format
+    ):
         _run(kernel, a.as_strided((a.numel(),), (1,)).numpy(), bias.numpy().reshape(parts, -1))
         return a
     a.add_(bias)
@@ -76,14 +78,21 @@ def sigmoid_backward(grad: Tensor, output: Tensor) -> Tensor:
 
 
 def _run(kernel: _Kernel, a: _Floats, bias: _Floats) -> None:
-    """``kernel`` in as many threads as torch's operations would take."""
+    """``kernel`` in at most as many threads as torch's operations would take."""
     threads = min(torch.get_num_threads(), len(a) // _WORTH_A_THREAD)
     if threads < 2 or len(bias) > 1:
         kernel(a, bias)
         return
     rows = -(-a.size // (threads * bias.size))
     pieces = [a[start : start + rows * bias.size] for start in range(0, a.size, rows * bias.size)]
-    list(_threads(os.getpid(), threads).map(kernel, pieces, [bias] * len(pieces)))
+    pool, waiting = _threads(os.getpid(), threads), []
+    for piece in pieces:
+        try:
+            waiting.append(pool.submit(kernel, piece, bias))
+        except RuntimeError:  # the interpreter is shutting down
+            kernel(piece, bias)
+    for future in waiting:
+        future.result()
 
 
 @functools.cache
@@ -106,7 +115,7 @@ def _elu_kernel() -> _Kernel | None:
     )
     try:
         kernel: _Kernel = compiler(cache=True)(_elu_in_place)
-    except RuntimeError:  # nowhere to keep it
+    except Exception:  # nowhere to keep it, a full disk, a damaged file
         kernel = compiler()(_elu_in_place)
     return kernel
 
