@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -85,14 +85,18 @@ def _run(kernel: _Kernel, a: _Floats, bias: _Floats) -> None:
         return
     rows = -(-a.size // (threads * bias.size))
     pieces = [a[start : start + rows * bias.size] for start in range(0, a.size, rows * bias.size)]
-    pool, waiting = _threads(os.getpid(), threads), []
-    for piece in pieces:
+    pool = _threads(os.getpid(), threads)
+
+    def begin(piece: _Floats) -> Future[None] | None:
         try:
-            waiting.append(pool.submit(kernel, piece, bias))
+            return pool.submit(kernel, piece, bias)
         except RuntimeError:  # the interpreter is shutting down
             kernel(piece, bias)
-    for future in waiting:
-        future.result()
+            return None
+
+    for future in [begin(piece) for piece in pieces]:
+        if future is not None:
+            future.result()
 
 
 @functools.cache
