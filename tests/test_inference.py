@@ -2,7 +2,9 @@
 
 import math
 import multiprocessing
+import os
 import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -185,14 +187,27 @@ def test_elu_of_sum(threads, shape, bias_shape, parts, channels_last, dtype, tol
     assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_elu_of_an_element_is_the_same_to_the_bit_wherever_it_lies(threads):
+    pytest.importorskip("numba")
+    channels = 16
+    a, bias = 5.0 * normal(2**16, channels, dtype=torch.float32), normal(1, 1, channels, dtype=torch.float32)
+    with torch.no_grad():
+        whole = elu_of_sum(a.clone()[None], bias)[0]
+        for rows in (1, 2, 3, 5, 63, 64, 65, 1000, 2**15 + 7):
+            for start in (0, 1, 17, 2**15 - 9):
+                part = elu_of_sum(a[None, start : start + rows].clone(), bias)[0]
+                assert torch.equal(part, whole[start : start + rows])
+
+
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("position", [0, 13, 1023, 1024])
+@pytest.mark.parametrize("position", [0, 13, 1023, 1024, 1993])
 def test_elu_of_extreme_values(position):
     values = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -1e38, -87.0, -88.0, -1000.0, -1e-20, 0.0])
-    a = torch.zeros(1, 1, 2000)
-    a[0, 0, position : position + len(values)] = values
+    a = torch.zeros(1, 2003, 1)
+    a[0, position : position + len(values), 0] = values
     with torch.no_grad():
-        found = elu_of_sum(a, torch.zeros(1, 1, 2000))[0, 0, position : position + len(values)]
+        found = elu_of_sum(a, torch.zeros(1, 1, 1))[0, position : position + len(values), 0]
     expected = torch.tensor([math.nan, math.inf, -1.0, 1e38, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
     assert_close(found, expected, rtol=0.0, atol=1e-7, equal_nan=True)
 
@@ -219,12 +234,8 @@ def test_elu_is_compiled_anew_where_nothing_can_be_kept(monkeypatch, error):
     np.testing.assert_allclose(a, math.expm1(-1.0), rtol=1e-6)
 
 
-def test_elu_is_torchs_without_numba_and_without_its_compiler(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "numba", None)
-        assert _elementwise._elu_kernel.__wrapped__() is None
-    numba = pytest.importorskip("numba")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+def test_elu_is_torchs_without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
     assert _elementwise._elu_kernel.__wrapped__() is None
 
 
@@ -239,14 +250,34 @@ def elu_on_threads(connection):
 @pytest.mark.parametrize("threads", [3], indirect=True)
 def test_threads_of_elu_are_there_again_after_a_fork(threads):
     pytest.importorskip("numba")
+    pool = _elementwise._threads(os.getpid())
+    all_threads = threading.Barrier(pool._max_workers)
+    list(pool.map(lambda _: all_threads.wait(60.0), range(pool._max_workers)))
     receiver, sender = multiprocessing.Pipe(duplex=False)
     elu_on_threads(sender)
     expected = receiver.recv()
     child = multiprocessing.get_context("fork").Process(target=elu_on_threads, args=(sender,), daemon=True)
     child.start()
-    assert receiver.poll(60.0)
-    assert receiver.recv() == expected
-    child.join()
+    try:
+        assert receiver.poll(60.0)
+        assert receiver.recv() == expected
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_elu_runs_where_the_interpreter_takes_no_more_threads(monkeypatch):
+    pytest.importorskip("numba")
+
+    class Closed:
+        def submit(self, *_):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(_elementwise, "_threads", lambda process: Closed())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    a = np.full(2**20, -1.0, np.float32)
+    _elementwise._run(_elementwise._elu_kernel(), a, np.zeros((1, 16), np.float32))
+    np.testing.assert_allclose(a, math.expm1(-1.0), rtol=1e-6)
 
 
 def rounds_alike_in_batches(threads):

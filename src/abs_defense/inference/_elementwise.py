@@ -85,7 +85,7 @@ def _run(kernel: _Kernel, a: _Floats, bias: _Floats) -> None:
         return
     rows = -(-a.size // (threads * bias.size))
     pieces = [a[start : start + rows * bias.size] for start in range(0, a.size, rows * bias.size)]
-    pool = _threads(os.getpid(), threads)
+    pool = _threads(os.getpid())
 
     def begin(piece: _Floats) -> Future[None] | None:
         try:
@@ -100,9 +100,9 @@ def _run(kernel: _Kernel, a: _Floats, bias: _Floats) -> None:
 
 
 @functools.cache
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
+def _threads(process: int) -> ThreadPoolExecutor:
     """A pool that lasts as long as the process: those forked from it have none of its threads."""
-    return ThreadPoolExecutor(count)
+    return ThreadPoolExecutor()
 
 
 @functools.cache
@@ -111,8 +111,6 @@ def _elu_kernel() -> _Kernel | None:
     try:
         import numba
     except ImportError:
-        return None
-    if vars(numba.config)["DISABLE_JIT"]:
         return None
     compiler = functools.partial(
         numba.njit, "void(float32[::1], float32[:,::1])", nogil=True, error_model="numpy", fastmath={"contract"}
