@@ -28,7 +28,7 @@ REPEATS = 9
 
 def starts(prototypes: Prototypes, seen: Tensor, beta: float) -> Tensor:
     """``(2, C, N)``."""
-    return torch.cat([prototypes.nearest_two(part, beta) for part in seen.split(BATCH)], dim=2)
+    return torch.cat([prototypes.nearest_two(part, beta)[0] for part in seen.split(BATCH)], dim=2)
 
 
 def milliseconds(prototypes: Prototypes, seen: Tensor, beta: float) -> float:

@@ -540,6 +540,22 @@ def test_presets_are_sound(preset):
             assert attack.distance.__class__ is NORMS[measurement.norm].distance.__class__ or measurement.norm == "l0"
 
 
+def test_pieces_are_small_where_queries_are_many_and_dear(digits, tmp_path):
+    boundary = next(m for m in PRESETS["paper"] if m.name == "boundary")
+    assert [boundary.piece_for(kind) for kind in ("abs", "binary-abs", "cnn", "prototype-abs")] == [10, 10, 50, 50]
+    assert [replace(boundary, queries=q).piece_for("abs") for q in (1, 140_001, 10**7)] == [50, 1, 1]
+    models = [TINY, replace(TINY, name="dear", kind="abs")]
+    plan = make_plan(models, (CLEAN, boundary), digits, tmp_path)
+    shards = [(p.model.name, p.measurement.name, p.key.start, p.key.stop) for p in plan.pieces]
+    assert shards == [
+        ("tiny", "clean", 0, 20),
+        ("tiny", "boundary", 0, 20),
+        ("dear", "clean", 0, 20),
+        ("dear", "boundary", 0, 10),
+        ("dear", "boundary", 10, 20),
+    ]
+
+
 class Outside(fb.attacks.DDNAttack):
     """Its first image is NaN, its second beyond white, its third a little beyond."""
 

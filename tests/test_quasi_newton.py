@@ -118,8 +118,9 @@ def test_two_starts_are_the_nearest_prototype_and_one_far_from_it(random_stack):
     latents = sample_latents(200, 8, 0).double()
     prototypes = Prototypes.decode(stack.class_decoders(), latents, 1.0)
     x = images(9)
-    first, second = prototypes.nearest_two(x, 1.0)
+    (first, second), energies = prototypes.nearest_two(x, 1.0)
     assert torch.equal(first, prototypes.nearest(x, 1.0)[0])
+    assert torch.equal(energies, prototypes.nearest(x, 1.0)[1])
     scores = prototypes.offsets[:, None] - 2.0 * x @ prototypes.images.transpose(1, 2)  # (C, N, K)
     for c in range(3):
         for i in range(9):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import eagerpy as ep
 import numpy as np
 import numpy.typing as npt
+import torch
 from foolbox.attacks.base import Attack, MinimizationAttack
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from foolbox.devutils import flatten
@@ -19,7 +20,7 @@ from foolbox.models import Model
 from foolbox.types import Bounds
 
 from abs_defense._checks import check_counts
-from abs_defense.inference import decisions_only
+from abs_defense.inference import misclassification_only
 
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
@@ -84,6 +85,41 @@ class WrappedModel(Model):
     @property
     def data_format(self) -> Any:
         return self._model.data_format  # type: ignore[attr-defined]
+
+
+class DecidingModel(WrappedModel):
+    """A foolbox model for callers that only let a criterion judge the outputs of the whole batch.
+
+    Of (targeted) misclassification that is whether a label is the class of the largest logit, which ABS models tell
+    sooner than all logits; see ``misclassification_only``. The outputs may say no more than that.
+    """
+
+    def __init__(self, model: Model, criterion: Criterion) -> None:
+        super().__init__(model)
+        self._labels = _deciding_labels(criterion)
+
+    def __call__(self, inputs: T) -> T:
+        return self.about(inputs, None)
+
+    def about(self, inputs: T, rows: Rows | None) -> T:
+        """The outputs for inputs that the criterion judges as images ``rows`` of its batch; all of them if None."""
+        if self._labels is None:
+            return self._model(inputs)
+        with misclassification_only(self._labels if rows is None else self._labels[rows]) as question:
+            outputs = self._model(inputs)
+        if question.trusts(ep.astensor(outputs).raw):
+            return outputs
+        self._labels = None  # something around the model makes other outputs of its logits, and would again
+        return self._model(inputs)
+
+
+def _deciding_labels(criterion: Criterion) -> torch.Tensor | None:
+    """The labels that an image has to lose or to get, ``(N,)``; None for other criteria."""
+    if type(criterion) is Misclassification:
+        return torch.tensor(criterion.labels.numpy())
+    if type(criterion) is TargetedMisclassification:
+        return torch.tensor(criterion.target_classes.numpy())
+    return None
 
 
 class ContractCall:
@@ -222,10 +258,6 @@ def as_starting_points(points: Any, x: ep.Tensor, model: Model) -> ep.Tensor:
     return starts
 
 
-def _asks_for_the_class(criterion: Criterion) -> bool:
-    return type(criterion) in (Misclassification, TargetedMisclassification)
-
-
 def _check_classes(criterion: Criterion, outputs: ep.Tensor) -> None:
     if not isinstance(criterion, (Misclassification, TargetedMisclassification)):
         return
@@ -252,7 +284,7 @@ class Oracle:
     """
 
     def __init__(self, model: Model, criterion: Criterion, x: ep.Tensor) -> None:
-        self._model, self._criterion = model, criterion
+        self._model, self._criterion = DecidingModel(model, criterion), criterion
         rows = np.arange(len(x))
         self._outputs = self._ask(x, rows)
         _check_classes(criterion, self._outputs)
@@ -271,8 +303,8 @@ class Oracle:
         return self._judge(rows)
 
     def _ask(self, images: ep.Tensor, rows: Rows) -> ep.Tensor:
-        with query_rows(rows), decisions_only() if _asks_for_the_class(self._criterion) else nullcontext():
-            return self._model(images)
+        with query_rows(rows):
+            return self._model.about(images, rows)
 
     def _judge(self, rows: Rows) -> Flags:
         flags: Flags = self._criterion(self._perturbed, self._outputs).numpy().astype(bool)[rows]

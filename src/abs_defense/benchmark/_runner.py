@@ -198,8 +198,9 @@ def make_plan(
             images, labels = data.images, data.labels
             if isinstance(measurement, DistalSpec):
                 images, labels = images.new_zeros(measurement.images, 1, 28, 28), labels.new_zeros(measurement.images)
-            for start in range(0, len(images), measurement.piece):
-                part = slice(start, min(start + measurement.piece, len(images)))
+            piece = measurement.piece_for(spec.kind)
+            for start in range(0, len(images), piece):
+                part = slice(start, min(start + piece, len(images)))
                 shard = ImageSet(images[part], labels[part], data.name)
                 key = PieceKey(
                     model=spec.name,

@@ -1,10 +1,11 @@
-"""Latent inference: from images to energies, latents and reconstructions. Knows no labels and no attacks."""
+"""Latent inference: from images to energies, latents and reconstructions. Knows no attacks."""
 
-from abs_defense.inference._decide import decisions_only, only_decisions_wanted
+from abs_defense.inference._decide import Question, asked_question, misclassification_only
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack, JointDecoder
 from abs_defense.inference._descent import adam_in_ball, descend, project_to_ball
 from abs_defense.inference._energy import energy, kl_divergence
 from abs_defense.inference._infer import (
+    Duel,
     Inference,
     InferenceSettings,
     Solver,
@@ -22,15 +23,17 @@ __all__ = [
     "PIXELS",
     "ClassDecoder",
     "DecoderStack",
+    "Duel",
     "Inference",
     "InferenceSettings",
     "JointDecoder",
     "Observation",
     "Prototypes",
+    "Question",
     "Solver",
     "adam_in_ball",
+    "asked_question",
     "average_curvature",
-    "decisions_only",
     "descend",
     "energy",
     "envelope_gradient",
@@ -38,7 +41,7 @@ __all__ = [
     "kl_divergence",
     "listen",
     "minimise",
-    "only_decisions_wanted",
+    "misclassification_only",
     "project_to_ball",
     "publish",
     "reconstruct",

@@ -1,61 +1,67 @@
-"""Decisions only: inference that stops working on classes that can't win any more."""
+"""Misclassified or not: inference that stops working on classes once that is known."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_wanted: ContextVar[bool] = ContextVar("abs_defense_decisions_only", default=False)
+
+@dataclass(frozen=True)
+class Question:
+    """Whether each image of a batch is classified as its label.
+
+    Attributes:
+        labels: ``(N,)``.
+        answers: the logits of each call of a model that left classes unfinished; see ``trusts``.
+    """
+
+    labels: Tensor
+    answers: list[Tensor] = field(default_factory=list)
+
+    def suits(self, images: int, classes: int) -> bool:
+        """Whether there is one label for each of so many images, and all are classes."""
+        labels = self.labels
+        return len(labels) == images > 0 and bool(((labels >= 0) & (labels < classes)).all())
+
+    def trusts(self, outputs: object) -> bool:
+        """Whether ``outputs``, of whatever is around the models, tell whether the labels win: not if they are anything
+        else than the logits of one model, such as a mean over several, and classes were left unfinished."""
+        if not self.answers:
+            return True
+        return len(self.answers) == 1 and isinstance(outputs, Tensor) and torch.equal(outputs, self.answers[0])
+
+
+_asked: ContextVar[Question | None] = ContextVar("abs_defense_question", default=None)
 
 
 @contextmanager
-def decisions_only() -> Iterator[None]:
-    """Inside, ABS models may leave the descents of hopeless classes unfinished, in this thread or task.
+def misclassification_only(labels: Tensor) -> Iterator[Question]:
+    """Inside, ABS models need only tell whether the largest logit is that of ``labels``, in this thread or task.
 
-    The largest logit is the same as outside; those of the other classes are of unfinished descents. That is measured,
-    not proved: the margins are a good deal more than descents gained on digits, adversarials, noise and inverted
-    digits, with the bundled weights. Calls that need more
-    (gradients, ``infer``, attacks that listen) are not affected.
+    Where it is, all logits are the same as outside. Where it is not, the descents of the label and of one class with a
+    larger logit are finished, so this is certain, and those of the other classes may not be: their logits are too low,
+    and the largest one may be of another class than outside. Calls with another number of images than labels, or that
+    need more (gradients, ``infer``, attacks that listen), are not affected.
+
+    Args:
+        labels: one class an image, ``(N,)``.
+
+    Yields:
+        The question; ask without this context where it does not trust what came out.
     """
-    token = _wanted.set(True)
+    question = Question(labels)
+    token = _asked.set(question)
     try:
-        yield
+        yield question
     finally:
-        _wanted.reset(token)
+        _asked.reset(token)
 
 
-def only_decisions_wanted() -> bool:
-    """Whether the caller is inside ``decisions_only``."""
-    return _wanted.get()
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Which classes can still have the lowest energy of an image.
-
-    Attributes:
-        scale: factor of each class's energy in the comparison, ``(C,)``.
-        margins: after so many steps, how far behind the best a class is hopeless, in nats.
-        share: of its energy that every class may still lose, which is more where no class explains the image (of
-            inverted digits 0.13 was the most, with 20 prototypes 0.18; of digits it is less than the margins).
-    """
-
-    scale: Tensor
-    margins: Sequence[tuple[int, float]]
-    share: float = 0.3
-
-    def margin(self, steps: int) -> float:
-        """The margin after ``steps`` steps; infinite before the first entry."""
-        reached = [margin for least, margin in self.margins if steps >= least]
-        return reached[-1] if reached else torch.inf
-
-    def is_open(self, energies: Tensor, steps: int) -> Tensor:
-        """Whether each class may still win: ``(C, N) -> (C, N)``."""
-        compared = energies * self.scale[:, None]
-        gain = (self.share * compared).clamp_min(self.margin(steps))
-        return compared - gain <= compared.min(0).values
+def asked_question() -> Question | None:
+    """What the caller wants to know; None if it is everything."""
+    return _asked.get()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import PIXELS, ClassDecoder, JointDecoder
 from abs_defense.inference._pairs import Pairs
 
@@ -102,22 +101,9 @@ class AdamState:
         return AdamState(project_to_ball(self.latents - lr * mean / scale, radius), first, second)
 
 
-def descend_while_open(
-    pairs: Pairs, latents: Tensor, contest: Contest, *, steps: int, lr: float, radius: float
-) -> Tensor:
-    """``descend`` for all pairs of a class and an image, ``(C, N, L) -> (C, N, L)``, but classes whose contest is lost
-    stay where they are."""
-    classes, number, size = latents.shape
-    result = latents.flatten(0, 1).clone()
-    energies = result.new_empty(len(result))
-    active = torch.arange(len(result), device=result.device)
-    state = AdamState.start(result.clone())
-    for step in range(steps):
-        energies[active], slope = pairs.energy_and_gradient(state.latents, active)
-        if contest.margin(step) < torch.inf:
-            keep = contest.is_open(energies.view(classes, number), step).flatten()[active]
-            active, slope = active[keep], slope[keep]
-            state = AdamState(*(value[keep] for value in vars(state).values()))
-        state = state.update(slope, step + 1, lr, radius)
-        result[active] = state.latents
-    return result.view(classes, number, size)
+def descend_pairs(pairs: Pairs, latents: Tensor, *, steps: int, lr: float, radius: float) -> Tensor:
+    """``descend`` for pairs of an image and a class, ``(P, L) -> (P, L)``."""
+    every = torch.arange(len(latents), device=latents.device)
+    return adam_in_ball(
+        lambda z: pairs.energy_and_gradient(z, every)[1] / PIXELS, latents, steps=steps, lr=lr, radius=radius
+    )

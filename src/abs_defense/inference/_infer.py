@@ -10,28 +10,22 @@ import torch
 from torch import Tensor
 
 from abs_defense._threads import share_out
-from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, JointDecoder
-from abs_defense.inference._descent import descend, descend_while_open
+from abs_defense.inference._descent import descend, descend_pairs
 from abs_defense.inference._energy import energy
 from abs_defense.inference._pairs import Pairs
 from abs_defense.inference._prototypes import Prototypes
-from abs_defense.inference._quasi_newton import minimise
+from abs_defense.inference._quasi_newton import minimise, minimise_pairs
 
 _CHUNK_CPU = 128
 _CHUNK_CUDA = 2048
 _CHUNK_UNROLLED = 16
 _ENOUGH_FOR_THREADS = 64  # images, for the classes to be shared out to threads of one core each; Adam needs fewer
-
-# How much a descent can still gain after so many steps, in nats, with 8000 prototypes: a third more than the most that
-# any of 1500 pairs (BFGS: 3800) of an image (digits, their adversarials, noise) and a class gained.
-_MARGINS: dict[str, tuple[tuple[int, float], ...]] = {
-    "adam": ((5, 40.0), (10, 35.0), (20, 29.0), (30, 18.0), (40, 7.0)),
-    "bfgs": ((2, 40.0), (4, 30.0)),
-}
-
-_MARGINS_PROTOTYPES = 8000
-_PROTOTYPE_EXPONENT = 0.125  # as the distance to the nearest of K samples in 8 dimensions grows
+# Images, for two rounds of descents to be faster than one of all where a third is misclassified.
+_ENOUGH_FOR_DUELS = {"adam": 32, "bfgs": 16}
+_HOPELESS = 10.0  # nats: a rival that far behind the label before the descents hardly ever beats it
+# By how much of its energy a class must be behind to have lost whatever rounding does to the logits.
+_SURE = 1e-5
 
 Solver = Literal["adam", "bfgs"]
 
@@ -68,6 +62,23 @@ class InferenceSettings:
     solver: Solver = "adam"
 
 
+@dataclass(frozen=True)
+class Duel:
+    """Whether the label of each image is the class of lowest energy.
+
+    Attributes:
+        labels: ``(N,)``.
+        factors: of each class's energy in the comparison, ``(C,)``.
+    """
+
+    labels: Tensor
+    factors: Tensor
+
+    def compared(self, energies: Tensor) -> Tensor:
+        """Energies ``(C, N)`` as they are compared between classes."""
+        return energies * self.factors[:, None]
+
+
 def _chunk_size(images: Tensor) -> int:
     """How many images are worked on at once: small enough to stay in a CPU's cache, large enough to fill a GPU."""
     return _CHUNK_CUDA if images.is_cuda else _CHUNK_CPU
@@ -92,18 +103,21 @@ def infer_latents(
     prototypes: Prototypes,
     images: Tensor,
     settings: InferenceSettings,
-    compared: Tensor | None = None,
+    duel: Duel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Energies ``(N, C)`` and latents ``(N, C, L)`` of images ``(N, 784)``, in bounded memory.
 
-    With ``compared``, ``(C,)``, only the class of lowest energy times ``compared`` matters: those that can't be it any
-    more are left unfinished.
+    With ``duel`` only whether the label wins matters: where another class beats it, all others stay at their prototype.
     """
     classes = len(decoders)
     energies = images.new_empty(len(images), classes)
     latents = images.new_empty(len(images), classes, prototypes.latents.shape[-1])
-    for x, energy_out, latents_out in _chunks(_chunk_size(images), images, energies, latents):
-        z, found = _solve(decoders, prototypes, x, settings, compared)
+    labels = images.new_empty(len(images), 0) if duel is None else duel.labels
+    for x, label, energy_out, latents_out in _chunks(_chunk_size(images), images, labels, energies, latents):
+        if duel is None or settings.steps == 0 or len(x) < _ENOUGH_FOR_DUELS[settings.solver]:
+            z, found = _solve(decoders, prototypes, x, settings)
+        else:
+            z, found = _solve_duel(decoders, prototypes, x, settings, Duel(label, duel.factors))
         energy_out.copy_(found.T)
         latents_out.copy_(z.transpose(0, 1))
     return energies, latents
@@ -160,18 +174,13 @@ def _solve(
     prototypes: Prototypes,
     x: Tensor,
     settings: InferenceSettings,
-    compared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Latents ``(C, N, L)`` and energies ``(C, N)`` of images ``(N, 784)``."""
-    contest = None
-    if compared is not None and settings.steps > 0:
-        fewer = max(1.0, _MARGINS_PROTOTYPES / prototypes.images.shape[1]) ** _PROTOTYPE_EXPONENT
-        contest = Contest(compared.to(x.dtype), [(step, fewer * gain) for step, gain in _MARGINS[settings.solver]])
-    if contest is not None or not _worth_threads(len(x), len(decoders), settings, x.device):
-        return _solve_classes(decoders, prototypes, x, settings, contest)
+    if not _worth_threads(len(x), len(decoders), settings, x.device):
+        return _solve_classes(decoders, prototypes, x, settings)
 
     def some_classes(part: slice) -> tuple[Tensor, Tensor]:
-        return _solve_classes(decoders[part], prototypes.of_classes(part), x, settings, None)
+        return _solve_classes(decoders[part], prototypes.of_classes(part), x, settings)
 
     z, energies = (torch.cat(parts) for parts in zip(*share_out(some_classes, len(decoders)), strict=True))
     return z, energies
@@ -187,37 +196,78 @@ def _worth_threads(images: int, classes: int, settings: InferenceSettings, devic
 
 
 def _solve_classes(
-    decoders: Sequence[ClassDecoder],
-    prototypes: Prototypes,
-    x: Tensor,
-    settings: InferenceSettings,
-    contest: Contest | None,
+    decoders: Sequence[ClassDecoder], prototypes: Prototypes, x: Tensor, settings: InferenceSettings
 ) -> tuple[Tensor, Tensor]:
-    if settings.steps > 0 and settings.solver == "bfgs":
+    starts, energies = _starts(prototypes, x, settings)
+    if settings.steps == 0:
+        return starts[0], energies
+    if settings.solver == "bfgs":
         assert prototypes.curvature is not None
-        pairs = torch.stack([prototypes.latents_at(i) for i in prototypes.nearest_two(x, settings.beta)])
         return minimise(
             decoders,
             x,
-            pairs.to(x.dtype),
+            starts,
             prototypes.curvature,
             steps=settings.steps,
             radius=settings.radius,
             beta=settings.beta,
-            contest=contest,
         )
-    indices, energies = prototypes.nearest(x, settings.beta)
-    starts = prototypes.latents_at(indices).to(x.dtype)
-    if settings.steps == 0:
-        return starts, energies
-    if contest is None:
-        z = _descend(decoders, x, starts, settings)
-    else:
-        open_pairs = Pairs.of_all(decoders, x, settings.beta)
-        z = descend_while_open(
-            open_pairs, starts, contest, steps=settings.steps, lr=settings.lr, radius=settings.radius
-        )
+    z = _descend(decoders, x, starts[0], settings)
     return z, energy(x, _decode(decoders, z), z, settings.beta)
+
+
+def _starts(prototypes: Prototypes, x: Tensor, settings: InferenceSettings) -> tuple[Tensor, Tensor]:
+    """Where descents start, ``(S, C, N, L)``, and the energies of the first of these prototypes, ``(C, N)``."""
+    if settings.steps > 0 and settings.solver == "bfgs":
+        indices, energies = prototypes.nearest_two(x, settings.beta)
+    else:
+        index, energies = prototypes.nearest(x, settings.beta)
+        indices = index[None]
+    return torch.stack([prototypes.latents_at(i) for i in indices]).to(x.dtype), energies
+
+
+def _solve_duel(
+    decoders: Sequence[ClassDecoder],
+    prototypes: Prototypes,
+    x: Tensor,
+    settings: InferenceSettings,
+    duel: Duel,
+) -> tuple[Tensor, Tensor]:
+    """``_solve`` for the label and the class that its prototype makes the first rival, or all classes of images that
+    the label is likely to win; then for the other classes of the images where the rival loses."""
+    starts, known = _starts(prototypes, x, settings)
+    z, energies = starts[0].clone(), known.to(x.dtype)
+    pairs = Pairs.of_all(decoders, x, settings.beta)
+    everyone = torch.arange(len(x), device=x.device)
+    compared = duel.compared(energies)
+    first = torch.zeros_like(energies, dtype=torch.bool)
+    first[duel.labels, everyone] = True
+    behind, rival = (compared.masked_fill(first, torch.inf) - compared[duel.labels, everyone]).min(0)
+    first[rival, everyone] = True
+    first[:, behind > _HOPELESS] = True
+
+    def finish(wanted: Tensor) -> None:
+        rows = wanted.flatten().nonzero()[:, 0]
+        if len(rows):
+            solved = _solve_pairs(pairs.chosen(rows), starts.flatten(1, 2)[:, rows], prototypes, settings)
+            z[wanted], energies[wanted] = solved
+
+    finish(first)
+    compared = duel.compared(energies)
+    lost = compared[rival, everyone] < (1.0 - _SURE) * compared[duel.labels, everyone]
+    finish(~first & ~lost)
+    return z, energies
+
+
+def _solve_pairs(
+    pairs: Pairs, starts: Tensor, prototypes: Prototypes, settings: InferenceSettings
+) -> tuple[Tensor, Tensor]:
+    """Latents ``(P, L)`` and energies ``(P,)`` from starts ``(S, P, L)``."""
+    if settings.solver == "bfgs":
+        assert prototypes.curvature is not None
+        return minimise_pairs(pairs, starts, prototypes.curvature, steps=settings.steps, radius=settings.radius)
+    z = descend_pairs(pairs, starts[0], steps=settings.steps, lr=settings.lr, radius=settings.radius)
+    return z, pairs.energy(z, torch.arange(len(z), device=z.device))
 
 
 def _descend(decoders: Sequence[ClassDecoder], x: Tensor, start: Tensor, settings: InferenceSettings) -> Tensor:

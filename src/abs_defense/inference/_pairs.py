@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,12 +37,19 @@ class Pairs:
     joint: JointDecoder | None = None
 
     @classmethod
-    def of_all(cls, decoders: Sequence[ClassDecoder], images: Tensor, beta: float, starts: int = 1) -> Pairs:
-        """Every class with every image, ``starts`` times: in the order (class, start, image)."""
-        number = len(images)
-        label = torch.arange(len(decoders), device=images.device).repeat_interleave(starts * number)
-        image = torch.arange(number, device=images.device).repeat(len(decoders) * starts)
+    def of_all(cls, decoders: Sequence[ClassDecoder], images: Tensor, beta: float) -> Pairs:
+        """Every class with every image: in the order (class, image)."""
+        label = torch.arange(len(decoders), device=images.device).repeat_interleave(len(images))
+        image = torch.arange(len(images), device=images.device).repeat(len(decoders))
         return cls(decoders, images, label, image, beta, JointDecoder.of(decoders))
+
+    def chosen(self, rows: Tensor) -> Pairs:
+        """Some of them, whose ``rows`` are in ascending order."""
+        return replace(self, label=self.label[rows], image=self.image[rows])
+
+    def times(self, count: int) -> Pairs:
+        """Each of them ``count`` times, one after the other."""
+        return replace(self, label=self.label.repeat_interleave(count), image=self.image.repeat_interleave(count))
 
     def energy_and_gradient(self, latents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """E and dE/dz at the latents of the pairs ``rows``, which are in ascending order: ``(R,), (R, L)``."""

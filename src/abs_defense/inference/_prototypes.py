@@ -104,7 +104,7 @@ class Prototypes:
             energies.append(value)
         return torch.stack(indices), torch.stack(energies)
 
-    def nearest_two(self, images: Tensor, beta: float) -> Tensor:
+    def nearest_two(self, images: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """Two starting points of each class for each image: the prototype of lowest energy, and the best of the next
         ones that lies at least 2.5 from it in the latent space (if there is none, the second best).
 
@@ -113,19 +113,20 @@ class Prototypes:
             beta: weight of the KL term.
 
         Returns:
-            Indices ``(2, C, N)``.
+            Indices ``(2, C, N)``, and the energies of the first ``(C, N)`` in float64.
         """
-        pairs = []
+        pairs, energies = [], []
         for c, latents in enumerate(self.class_latents):
             lowest = self._lowest(c, images, _FAR_CANDIDATES)
-            first, _ = self._best(c, images, lowest[:, :_CANDIDATES], beta)
+            first, value = self._best(c, images, lowest[:, :_CANDIDATES], beta)
             distance = (latents[lowest] - latents[first][:, None]).norm(dim=2)
             # Far ones first, then the other ones, each in the order of their energies; the first itself last.
             rank = (distance < _FAR).int() + (lowest == first[:, None]).int()
             order = rank.argsort(dim=1, stable=True)[:, :2]
             second, _ = self._best(c, images, _first_kind(lowest.gather(1, order), rank.gather(1, order)), beta)
             pairs.append(torch.stack([first, second]))
-        return torch.stack(pairs, dim=1)
+            energies.append(value)
+        return torch.stack(pairs, dim=1), torch.stack(energies)
 
     def _lowest(self, c: int, images: Tensor, count: int) -> Tensor:
         """Indices of the ``count`` prototypes of lowest energy, as a product in single precision sees it, in

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abs_defense.inference._decide import Contest
 from abs_defense.inference._decoder import ClassDecoder
 from abs_defense.inference._descent import project_to_ball
 from abs_defense.inference._pairs import Pairs
@@ -72,7 +71,6 @@ def minimise(
     steps: int,
     radius: float,
     beta: float,
-    contest: Contest | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Minimise E_c(x) over the latents by BFGS in the ball ||z|| <= radius.
 
@@ -90,19 +88,28 @@ def minimise(
         steps: the most steps of a descent, the first one included.
         radius: of the ball.
         beta: weight of the KL term.
-        contest: if given, classes that it declares lost make only the last step.
 
     Returns:
         Latents ``(C, N, L)`` and their energies ``(C, N)``.
     """
-    count, classes, number, size = starts.shape
+    grid = starts.shape[1:3]
+    pairs = Pairs.of_all(decoders, images, beta)
+    latents, energy = minimise_pairs(pairs, starts.flatten(1, 2), curvature, steps=steps, radius=radius)
+    return latents.unflatten(0, grid), energy.unflatten(0, grid)
+
+
+def minimise_pairs(
+    pairs: Pairs, starts: Tensor, curvature: Tensor, *, steps: int, radius: float
+) -> tuple[Tensor, Tensor]:
+    """``minimise`` for pairs of an image and a class: starts ``(S, P, L)`` to latents ``(P, L)``, energies ``(P,)``."""
+    count, number, size = starts.shape
     inverse = torch.linalg.inv(curvature.to(starts.dtype))
     latents = starts.transpose(0, 1).reshape(-1, size)
     if steps > 0:
         latents = project_to_ball(latents, radius)
-    pairs = Pairs.of_all(decoders, images, beta, count)
+    pairs = pairs.times(count)
     problem = _Problem(pairs, radius)
-    every = torch.arange(len(latents), device=images.device)
+    every = torch.arange(len(latents), device=latents.device)
     walk = _Walk(
         latents,
         *pairs.energy_and_gradient(latents, every),
@@ -113,21 +120,17 @@ def minimise(
     tried = walk.energy
     if first:
         move = problem.move(walk)
-        promised = (walk.energy - _promise(walk.gradient, move)).view(classes, count, number)
+        promised = (walk.energy - _promise(walk.gradient, move)).view(number, count)
         rows = (promised <= promised.amin(1, keepdim=True) + _PROMISING).flatten().nonzero()[:, 0]
         walk.put(rows, problem.step(walk.at(rows), move[rows], rows))
         tried = torch.full_like(walk.energy, torch.inf).index_copy(0, rows, walk.energy[rows])
-    best = tried.view(classes, count, number).argmin(1)
-    rows = (every.view(classes, count, number).gather(1, best[:, None])).flatten()
+    rows = count * every[:number] + tried.view(number, count).argmin(1)
     final = walk.at(rows)
-    active = torch.arange(len(rows), device=images.device)
-    for step in range(first, steps - 1):
+    active = every[:number]
+    for _ in range(first, steps - 1):
         move = problem.move(final.at(active))
         promising = _promise(final.gradient[active], move) > _TOLERANCE
         active, move = active[promising], move[promising]
-        if contest is not None:
-            still = contest.is_open(final.energy.view(classes, number), step).flatten()[active]
-            active, move = active[still], move[still]
         if not len(active):
             break
         final.put(active, problem.step(final.at(active), move, rows[active]))
@@ -137,7 +140,7 @@ def minimise(
         last_energy = pairs.energy(last, rows)
         lower = last_energy < energy
         latents, energy = torch.where(lower[:, None], last, latents), torch.where(lower, last_energy, energy)
-    return latents.view(classes, number, size), energy.view(classes, number)
+    return latents, energy
 
 
 @dataclass(frozen=True)

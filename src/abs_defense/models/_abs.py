@@ -17,16 +17,17 @@ from abs_defense._checks import check_choices, check_counts, check_positive
 from abs_defense._precision import full_precision
 from abs_defense.inference import (
     PIXELS,
+    Duel,
     Inference,
     InferenceSettings,
     Observation,
     Prototypes,
+    Question,
     Solver,
+    asked_question,
     average_curvature,
-    decisions_only,
     envelope_gradient,
     infer_latents,
-    only_decisions_wanted,
     publish,
     reconstruct,
     sample_latents,
@@ -184,11 +185,14 @@ class ABS(Classifier):
             TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
         """
         check_images(images)
-        energies: Tensor = _Energies.apply(images, self)  # type: ignore[no-untyped-call]
+        question = self._question(images)
+        energies: Tensor = _Energies.apply(images, self, question)  # type: ignore[no-untyped-call]
         if self.gradient == "none":
             energies = energies.detach()
-        logits = -self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS
-        return logits.float()
+        logits = (-self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS).float()
+        if question is not None:
+            question.answers.append(logits)
+        return logits
 
     def confidence_softmax(self, logits: Tensor) -> Tensor:
         """p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta) from logits, ``(N, C) -> (N, C)`` (eq. 8).
@@ -200,12 +204,12 @@ class ABS(Classifier):
         return likelihood / likelihood.sum(dim=1, keepdim=True)
 
     def predict(self, images: Tensor) -> Tensor:
-        """The class of the largest logit, ``(N, 1, 28, 28) -> (N,)``; faster than ``forward``, see ``decisions_only``.
+        """The class of the largest logit, ``(N, 1, 28, 28) -> (N,)``.
 
         Raises:
             TypeError, ValueError: as ``forward``.
         """
-        with torch.no_grad(), decisions_only():
+        with torch.no_grad():
             logits: Tensor = self(images)
             return logits.argmax(dim=1)
 
@@ -263,6 +267,14 @@ class ABS(Classifier):
 
         return from_pretrained(cls, source, **kwargs)
 
+    def _question(self, images: Tensor) -> Question | None:
+        """What the caller wants to know, where it is less than everything."""
+        question = asked_question()
+        live = torch.is_grad_enabled() and images.requires_grad
+        if question is None or live or somebody_listens() or not question.suits(len(images), self.num_classes):
+            return None
+        return question
+
     def _flatten(self, images: Tensor) -> Tensor:
         """What the VAEs see of the images, ``(N, 784)``."""
         seen = images.detach()
@@ -307,13 +319,12 @@ class _Energies(torch.autograd.Function):
     """E_c(x), ``(N, C)``, with the gradient policy of the model; inference itself leaves no graph."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, model: ABS) -> Tensor:
+    def forward(ctx: Any, images: Tensor, model: ABS, question: Question | None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), full_precision(images.device):
             flat = model._flatten(images)
             decoders = model.decoders.class_decoders()
-            hasty = only_decisions_wanted() and not somebody_listens() and not ctx.needs_input_grad[0]
-            compared = model._factors(flat) if hasty else None
-            energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings, compared)
+            duel = None if question is None else Duel(question.labels.to(flat.device), model._factors(flat))
+            energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings, duel)
             publish(lambda: model._observation(images, energies, latents))
         ctx.save_for_backward(flat, latents)
         ctx.model, ctx.decoders = model, decoders
@@ -322,7 +333,7 @@ class _Energies(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_energies: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_energies: Tensor) -> tuple[Tensor, None, None]:
         images, latents = ctx.saved_tensors
         model: ABS = ctx.model
         with full_precision(images.device):
@@ -330,7 +341,7 @@ class _Energies(torch.autograd.Function):
                 gradient = unrolled_gradient(ctx.decoders, model._prototypes(), images, grad_energies, model.settings)
             else:
                 gradient = envelope_gradient(ctx.decoders, images, latents, grad_energies)
-        return gradient.view(ctx.shape).to(ctx.dtype), None
+        return gradient.view(ctx.shape).to(ctx.dtype), None, None
 
 
 def _digest(tensor: Tensor) -> str:
