@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import eagerpy as ep
 import foolbox as fb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abs_defense import ABS, BinaryABS
 from abs_defense.attacks import PointwiseAttack, StartedAttack
+from abs_defense.attacks._base import WrappedModel
 from abs_defense.data import ImageSet, foolbox_digits, load_idx_dataset
-from abs_defense.inference import asked_question, misclassification_only
+from abs_defense.inference import asked_labels, misclassification_only
 
 KINDS = {"abs": ABS, "binary-abs": BinaryABS}
 SOLVERS = ("bfgs", "adam")
@@ -53,26 +56,25 @@ class Tally:
     seconds_whole: float = 0.0
 
 
-class Compared(nn.Module):
-    """The model, which answers every question twice and keeps count."""
+class Compared(WrappedModel):
+    """A foolbox model of ABS, which answers every question twice and keeps count."""
 
     def __init__(self, model: ABS) -> None:
-        super().__init__()
-        self.model, self.tally = model, Tally()
+        super().__init__(fb.PyTorchModel(model.eval(), bounds=(0, 1), device="cpu"))
+        self.classes, self.tally = model.num_classes, Tally()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        question = asked_question()
+    def __call__(self, inputs: Any) -> Any:
+        labels = asked_labels(len(inputs), self.classes)
         started = time.perf_counter()
-        hasty: Tensor = self.model(images)
+        hasty = self._model(inputs)
         between = time.perf_counter()
-        if question is not None:
-            whole = Context().run(self.model, images)
+        if labels is not None:
+            whole = Context().run(self._model, inputs)
             ended = time.perf_counter()
-            wrong = whole.argmax(1) != question.labels
-            self.tally.images += len(images)
+            wrong = ep.astensor(whole).raw.argmax(1) != labels
+            self.tally.images += len(inputs)
             self.tally.misclassified += int(wrong.sum())
-            self.tally.changed += int(((hasty.argmax(1) != question.labels) != wrong).sum())
+            self.tally.changed += int(((ep.astensor(hasty).raw.argmax(1) != labels) != wrong).sum())
             self.tally.seconds += between - started
             self.tally.seconds_whole += ended - between
         return hasty
@@ -90,7 +92,7 @@ def sources(data: ImageSet, few: ImageSet) -> Iterator[tuple[str, Source]]:
     def attacked(attack: fb.attacks.base.MinimizationAttack) -> Source:
         def source(model: Compared) -> None:
             torch.manual_seed(0)
-            attack(fb.PyTorchModel(model, bounds=(0, 1), device="cpu"), few.images, few.labels, epsilons=None)
+            attack(model, few.images, few.labels, epsilons=None)
 
         return source
 
@@ -125,7 +127,7 @@ def main() -> None:
                 key = hashlib.sha256(f"{name} {solver} {title} {args.weights} {len(data)} {len(few)}".encode())
                 kept = args.out / f"{key.hexdigest()[:12]}.json"
                 if not kept.exists():
-                    compared = Compared(model).eval()
+                    compared = Compared(model)
                     source(compared)
                     kept.write_text(json.dumps(asdict(compared.tally)))
                 row = Tally(**json.loads(kept.read_text()))

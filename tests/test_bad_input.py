@@ -173,6 +173,14 @@ def test_weights_of_another_architecture(weights_file, tmp_path):
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [("calibration", text, "calibration") for text in ("", "{", '{"alpha": 1}', '{"alpha": 1, "eta": 0, "gamma": [1]}')]
+    + [
+        (
+            "calibration",
+            f'{{"alpha": {alpha}, "eta": {eta}, "gamma": [1, {gamma}, 1]}}',
+            "expected alpha and gamma above 0",
+        )
+        for alpha, eta, gamma in ((-1, 0, 1), (0, 0, 1), ("NaN", 0, 1), (1, -1, 1), (1, 0, 0), (1, 0, "Infinity"))
+    ]
     + [("prototype_beta", text, "a prototype_beta of at least 0") for text in ("", "many", "nan", "inf", "-1")],
 )
 def test_weights_with_damaged_metadata(weights_file, tmp_path, field, text, message):

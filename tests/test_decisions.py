@@ -8,7 +8,18 @@ from torch import nn
 from abs_defense import ABS, BinaryABS
 from abs_defense.attacks import PointwiseAttack, QueryCounter, StartedAttack
 from abs_defense.attacks._base import DecidingModel
-from abs_defense.inference import ClassDecoder, JointDecoder, _infer, listen, misclassification_only
+from abs_defense.inference import (
+    ClassDecoder,
+    Duel,
+    InferenceSettings,
+    JointDecoder,
+    Prototypes,
+    _infer,
+    infer_latents,
+    listen,
+    misclassification_only,
+    sample_latents,
+)
 
 SETTINGS = [(ABS, "adam"), (ABS, "bfgs"), (BinaryABS, "adam"), (BinaryABS, "bfgs")]
 
@@ -48,17 +59,14 @@ def also_few_images(monkeypatch):
 
 
 def asked(model, images, labels):
-    with torch.no_grad(), misclassification_only(labels) as question:
-        logits = model(images)
-    assert len(question.answers) == 1
-    assert question.trusts(logits)
-    return logits
+    with torch.no_grad(), misclassification_only(labels):
+        return model(images)
 
 
 @pytest.fixture
 def whole(monkeypatch):
     """Nobody is asked for less than all logits."""
-    monkeypatch.setattr("abs_defense.models._abs.asked_question", lambda: None)
+    monkeypatch.setattr("abs_defense.models._abs.asked_labels", lambda images, classes: None)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 9], ids=lambda place: f"label-of-rank-{place}")
@@ -142,20 +150,39 @@ def test_calls_that_need_more_are_not_affected(model, images):
     x = images[:2].clone().requires_grad_()
     logits = model(x)
     loser = logits.argmin(1)
-    with misclassification_only(loser) as question:
+    with misclassification_only(loser):
         assert torch.equal(model(x), logits)
         energy = model.infer(images[:2]).energy
         with listen() as heard, torch.no_grad():
             assert torch.equal(model(images[:2]), logits)
         with torch.no_grad():
             assert torch.equal(model(images[:3])[:2], logits)  # other images than labels
-        model.predict(images[:2])
+            assert not torch.equal(model(images[:2]), logits)
     assert torch.equal(energy, heard[0].inference.energy)
-    assert len(question.answers) == 1  # of predict, which did leave classes out
-    with torch.no_grad(), misclassification_only(torch.tensor([0, 10])) as question:
+    with torch.no_grad(), misclassification_only(torch.tensor([0, 10])):
         assert torch.equal(model(images[:2]), logits)
         assert model(images[:0]).shape == (0, 10)
-    assert not question.answers
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_whole_numbers(images, dtype):
+    model = ABS(prototypes=50)
+    labels = torch.arange(len(images)) % 10
+    assert torch.equal(asked(model, images, labels.to(dtype)), asked(model, images, labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2], "expected a tensor, got list"),
+        (torch.tensor([1.0, 2.0]), "expected whole numbers, got torch.float32"),
+        (torch.tensor([True, False]), "expected whole numbers, got torch.bool"),
+        (torch.tensor([[1], [2]]), r"expected shape \(N,\), one an image, got \(2, 1\)"),
+    ],
+)
+def test_labels_that_are_none(labels, message):
+    with pytest.raises((TypeError, ValueError), match=message), misclassification_only(labels):
+        pass
 
 
 def test_the_question_ends_with_its_block(images):
@@ -167,28 +194,116 @@ def test_the_question_ends_with_its_block(images):
         assert torch.equal(model(images[:3]), before)
 
 
-class Mean(nn.Module):
-    def __init__(self, *models):
+def test_a_rival_that_is_ahead_by_rounding_only_decides_nothing(random_stack, random_images):
+    """Its logit might be equal; so the third class is finished, too."""
+    first, _, third = random_stack(3).class_decoders()
+    decoders, x = [first, first, third], random_images(5).flatten(1).double()
+    prototypes = Prototypes.decode(decoders, sample_latents(50, 8, 0).double(), 1.0)
+    settings = InferenceSettings(steps=20, lr=0.05, radius=5.0, beta=1.0)
+    energies, _ = infer_latents(decoders, prototypes, x, settings)
+    labels = torch.zeros(5, dtype=torch.int64)
+    nearly, clearly = (
+        infer_latents(decoders, prototypes, x, settings, Duel(labels, torch.tensor([1.0, 1.0 - ahead, 1.5]).double()))
+        for ahead in (1e-6, 1e-3)
+    )
+    torch.testing.assert_close(nearly[0], energies)
+    assert bool((clearly[0][:, 2] > energies[:, 2] + 1e-3).all())
+
+
+def test_images_that_the_label_is_sure_to_win_take_one_round_of_descents(digits, monkeypatch):
+    rounds, solve = [], _infer._solve_pairs
+
+    def counted(pairs, *args):
+        rounds.append(len(pairs.label))
+        return solve(pairs, *args)
+
+    monkeypatch.setattr(_infer, "_solve_pairs", counted)
+    model = ABS(prototypes=500)
+    with torch.no_grad():
+        logits, by_prototype = model(digits.images), ABS(prototypes=500, steps=0)(digits.images)
+    best = by_prototype.topk(2).values * 784 / float(model.alpha)
+    sure = (best[:, 0] - best[:, 1] > _infer._HOPELESS) & (by_prototype.argmax(1) == logits.argmax(1))
+    assert sure.sum() > 3
+    assert torch.equal(asked(model, digits.images[sure], logits[sure].argmax(1)), logits[sure])
+    assert rounds == [10 * int(sure.sum())]
+
+
+class Around(nn.Module):
+    """Other outputs than the logits of an ABS model, in four ways."""
+
+    def __init__(self, how):
         super().__init__()
-        self.models = nn.ModuleList(models)
+        self.how, self.first, self.second = how, ABS(prototypes=50), ABS(prototypes=60)
 
     def forward(self, images):
-        return torch.stack([model(images) for model in self.models]).mean(0)
+        logits = self.first(images)
+        if self.how == "mean":
+            return (logits + self.second(images)) / 2
+        if self.how == "in place":
+            return logits.neg_()
+        if self.how == "cascade":
+            best = logits.topk(2).values
+            return torch.where((best[:, 0] - best[:, 1] > 2.5)[:, None], logits, self.second(images))
+        return self.second(images)
 
 
-def test_whoever_makes_something_else_of_the_logits_gets_them_whole(images):
-    mean = Mean(ABS(prototypes=50), ABS(prototypes=60)).eval()
-    hooked = ABS(prototypes=50).eval()
-    hooked.register_forward_hook(lambda module, args, logits: logits.flip(1))
-    for around in (mean, hooked):
-        wrapped = fb.PyTorchModel(around, bounds=(0, 1), device="cpu")
-        expected = wrapped(images)
-        counter = QueryCounter(wrapped, len(images))
-        deciding = DecidingModel(counter, fb.criteria.Misclassification(expected.argmin(1)))
-        assert torch.equal(deciding(images), expected)
-        assert counter.queries.tolist() == [2.0] * len(images)
-        assert torch.equal(deciding(images), expected)
-        assert counter.queries.tolist() == [3.0] * len(images)
+def hooked(hook):
+    model = ABS(prototypes=50)
+    model.register_forward_hook(hook)
+    return model
+
+
+class Negative(ABS):
+    def forward(self, images):
+        return -super().forward(images)
+
+
+def replaced():
+    model = ABS(prototypes=50)
+    model.forward = lambda images: -ABS.forward(model, images)
+    return model
+
+
+OTHERS = {
+    **{how: lambda how=how: Around(how) for how in ("mean", "in place", "cascade", "second")},
+    "hook that changes": lambda: hooked(lambda module, args, logits: logits.flip(1)),
+    "hook that looks": lambda: hooked(lambda module, args, logits: None),
+    "subclass": lambda: Negative(prototypes=50),
+    "replaced forward": replaced,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_whoever_may_make_something_else_of_the_logits_gets_them_whole(images, other):
+    wrapped = fb.PyTorchModel(OTHERS[other]().eval(), bounds=(0, 1), device="cpu")
+    expected = wrapped(images)
+    counter = QueryCounter(wrapped, len(images))
+    deciding = DecidingModel(counter, fb.criteria.Misclassification(expected.argmin(1)))
+    assert torch.equal(deciding(images), expected)
+    assert counter.queries.tolist() == [1.0] * len(images)
+
+
+class Confident(fb.criteria.Misclassification):
+    """Judges more than the class."""
+
+
+@pytest.mark.parametrize(
+    "criterion", [Confident, lambda labels: fb.criteria.Misclassification(labels) & Confident(labels)]
+)
+def test_other_criteria_get_logits_whole(images, criterion):
+    wrapped = fb.PyTorchModel(ABS(prototypes=50), bounds=(0, 1), device="cpu")
+    expected = wrapped(images)
+    assert torch.equal(DecidingModel(wrapped, criterion(expected.argmin(1)))(images), expected)
+
+
+def test_wrappers_of_the_input_are_harmless(images):
+    model = fb.PyTorchModel(ABS(prototypes=50), bounds=(0, 1), device="cpu")
+    wide = QueryCounter(model.transform_bounds((-1, 1)), len(images))
+    expected = wide(2 * images - 1)
+    labels = expected.argsort(dim=1)[:, -2]
+    found = DecidingModel(wide, fb.criteria.Misclassification(labels))(2 * images - 1)
+    assert not torch.equal(found, expected)
+    assert bool((found.argmax(1) != labels).all())
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -543,7 +543,7 @@ def test_presets_are_sound(preset):
 def test_pieces_are_small_where_queries_are_many_and_dear(digits, tmp_path):
     boundary = next(m for m in PRESETS["paper"] if m.name == "boundary")
     assert [boundary.piece_for(kind) for kind in ("abs", "binary-abs", "cnn", "prototype-abs")] == [10, 10, 50, 50]
-    assert [replace(boundary, queries=q).piece_for("abs") for q in (1, 140_001, 10**7)] == [50, 1, 1]
+    assert [replace(boundary, queries=q).piece_for("abs") for q in (0, 1, 140_001, 10**7)] == [50, 50, 1, 1]
     models = [TINY, replace(TINY, name="dear", kind="abs")]
     plan = make_plan(models, (CLEAN, boundary), digits, tmp_path)
     shards = [(p.model.name, p.measurement.name, p.key.start, p.key.stop) for p in plan.pieces]
@@ -657,6 +657,8 @@ def test_wrong_specifications_are_refused(four, tmp_path):
         AttackSpec("a", "l2", factory=fb.attacks.DDNAttack, epsilons=(1.0,), surrogate="cnn").make()
     with pytest.raises(ValueError, match="a: piece: expected at least 1 image, got 0"):
         AttackSpec("a", "l2", piece=0, factory=fb.attacks.DDNAttack)
+    with pytest.raises(ValueError, match="a: queries, gradients: expected numbers of at least 0, got nan, 0"):
+        AttackSpec("a", "l2", queries=float("nan"), factory=fb.attacks.DDNAttack)
     with pytest.raises(ValueError, match="a: gradient: expected 'model' or 'estimated', got 'estimate'"):
         AttackSpec("a", "l2", gradient="estimate", factory=fb.attacks.DDNAttack)
     for attack, message in (

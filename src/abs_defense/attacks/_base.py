@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from foolbox.attacks.base import Attack, MinimizationAttack
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from foolbox.devutils import flatten
 from foolbox.distances import LpDistance
-from foolbox.models import Model
+from foolbox.models import Model, PyTorchModel, ThresholdingWrapper, TransformBoundsWrapper
 from foolbox.types import Bounds
 
 from abs_defense._checks import check_counts
 from abs_defense.inference import misclassification_only
+from abs_defense.models import ABS, BinaryABS
 
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
@@ -91,12 +93,13 @@ class DecidingModel(WrappedModel):
     """A foolbox model for callers that only let a criterion judge the outputs of the whole batch.
 
     Of (targeted) misclassification that is whether a label is the class of the largest logit, which ABS models tell
-    sooner than all logits; see ``misclassification_only``. The outputs may say no more than that.
+    sooner than all logits; see ``misclassification_only``. They are asked for no more where nothing but foolbox's
+    wrappers of the input and ours are around them. The outputs may say no more than that.
     """
 
     def __init__(self, model: Model, criterion: Criterion) -> None:
         super().__init__(model)
-        self._labels = _deciding_labels(criterion)
+        self._labels = _deciding_labels(criterion) if _passes_logits_of_abs_on(model) else None
 
     def __call__(self, inputs: T) -> T:
         return self.about(inputs, None)
@@ -105,12 +108,8 @@ class DecidingModel(WrappedModel):
         """The outputs for inputs that the criterion judges as images ``rows`` of its batch; all of them if None."""
         if self._labels is None:
             return self._model(inputs)
-        with misclassification_only(self._labels if rows is None else self._labels[rows]) as question:
-            outputs = self._model(inputs)
-        if question.trusts(ep.astensor(outputs).raw):
-            return outputs
-        self._labels = None  # something around the model makes other outputs of its logits, and would again
-        return self._model(inputs)
+        with misclassification_only(self._labels if rows is None else self._labels[rows]):
+            return self._model(inputs)
 
 
 def _deciding_labels(criterion: Criterion) -> torch.Tensor | None:
@@ -120,6 +119,18 @@ def _deciding_labels(criterion: Criterion) -> torch.Tensor | None:
     if type(criterion) is TargetedMisclassification:
         return torch.tensor(criterion.target_classes.numpy())
     return None
+
+
+def _passes_logits_of_abs_on(model: Model) -> bool:
+    """Whether nobody but the caller sees the logits of the ABS model inside, or makes something else of them."""
+    while isinstance(model, WrappedModel) or type(model) in (TransformBoundsWrapper, ThresholdingWrapper):
+        model = model._model  # type: ignore[attr-defined]
+    if type(model) is not PyTorchModel or not inspect.isfunction(model._model):
+        return False
+    module = inspect.getclosurevars(model._model).nonlocals.get("model")  # foolbox keeps it nowhere else
+    if not (isinstance(module, ABS) and type(module) in (ABS, BinaryABS)) or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
 
 
 class ContractCall:

@@ -220,11 +220,12 @@ def _counts(queries: Any, gradients: Any) -> Arrays:
 
 @contextlib.contextmanager
 def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[None]:
-    def report(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    # Before the forward, because attacks ask for whole logits where a hook could see them.
+    def report(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert on_queries is not None
-        on_queries(len(output))
+        on_queries(len(args[0]))
 
-    handle = None if on_queries is None else model.register_forward_hook(report)
+    handle = None if on_queries is None else model.register_forward_pre_hook(report)
     try:
         yield
     finally:

@@ -139,6 +139,10 @@ class Measurement:
     def __post_init__(self) -> None:
         if isinstance(self.models, str):
             raise ValueError(f"{self.name}: models: expected a list of kinds, got {self.models!r}")
+        if not (self.queries >= 0 and self.gradients >= 0):
+            raise ValueError(
+                f"{self.name}: queries, gradients: expected numbers of at least 0, got {self.queries}, {self.gradients}"
+            )
         if self.piece < 1:
             raise ValueError(f"{self.name}: piece: expected at least 1 image, got {self.piece}")
 
@@ -149,7 +153,7 @@ class Measurement:
         """The most images of a piece on a model of this kind: fewer where latent descent makes queries dear."""
         if kind not in ABS_WITH_DESCENT:
             return self.piece
-        return min(self.piece, max(1, int(_QUERIES_OF_A_PIECE_WITH_DESCENT / self.queries)))
+        return min(self.piece, max(1, int(_QUERIES_OF_A_PIECE_WITH_DESCENT / max(1.0, self.queries))))
 
     def identity(self) -> dict[str, Any]:
         """What its results depend on, besides the model, the images and the seed."""

@@ -1,6 +1,6 @@
 """Latent inference: from images to energies, latents and reconstructions. Knows no attacks."""
 
-from abs_defense.inference._decide import Question, asked_question, misclassification_only
+from abs_defense.inference._decide import asked_labels, misclassification_only
 from abs_defense.inference._decoder import IMAGE_SHAPE, PIXELS, ClassDecoder, DecoderStack, JointDecoder
 from abs_defense.inference._descent import adam_in_ball, descend, project_to_ball
 from abs_defense.inference._energy import energy, kl_divergence
@@ -29,10 +29,9 @@ __all__ = [
     "JointDecoder",
     "Observation",
     "Prototypes",
-    "Question",
     "Solver",
     "adam_in_ball",
-    "asked_question",
+    "asked_labels",
     "average_curvature",
     "descend",
     "energy",

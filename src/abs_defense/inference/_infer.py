@@ -107,7 +107,8 @@ def infer_latents(
 ) -> tuple[Tensor, Tensor]:
     """Energies ``(N, C)`` and latents ``(N, C, L)`` of images ``(N, 784)``, in bounded memory.
 
-    With ``duel`` only whether the label wins matters: where another class beats it, all others stay at their prototype.
+    With ``duel`` only whether the label wins matters: where another class beats it, all others may be left at their
+    prototype.
     """
     classes = len(decoders)
     energies = images.new_empty(len(images), classes)

@@ -22,9 +22,8 @@ from abs_defense.inference import (
     InferenceSettings,
     Observation,
     Prototypes,
-    Question,
     Solver,
-    asked_question,
+    asked_labels,
     average_curvature,
     envelope_gradient,
     infer_latents,
@@ -185,14 +184,11 @@ class ABS(Classifier):
             TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
         """
         check_images(images)
-        question = self._question(images)
-        energies: Tensor = _Energies.apply(images, self, question)  # type: ignore[no-untyped-call]
+        energies: Tensor = _Energies.apply(images, self, self._labels_in_question(images))  # type: ignore[no-untyped-call]
         if self.gradient == "none":
             energies = energies.detach()
-        logits = (-self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS).float()
-        if question is not None:
-            question.answers.append(logits)
-        return logits
+        logits = -self.alpha.to(energies.dtype) * self._scale(energies) / PIXELS
+        return logits.float()
 
     def confidence_softmax(self, logits: Tensor) -> Tensor:
         """p(y|x) = (exp(alpha l_y) + eta) / sum_c (exp(alpha l_c) + eta) from logits, ``(N, C) -> (N, C)`` (eq. 8).
@@ -267,13 +263,11 @@ class ABS(Classifier):
 
         return from_pretrained(cls, source, **kwargs)
 
-    def _question(self, images: Tensor) -> Question | None:
-        """What the caller wants to know, where it is less than everything."""
-        question = asked_question()
-        live = torch.is_grad_enabled() and images.requires_grad
-        if question is None or live or somebody_listens() or not question.suits(len(images), self.num_classes):
+    def _labels_in_question(self, images: Tensor) -> Tensor | None:
+        """The labels of which the caller only wants to know whether they win; None if it needs more."""
+        if somebody_listens() or (torch.is_grad_enabled() and images.requires_grad):
             return None
-        return question
+        return asked_labels(len(images), self.num_classes)
 
     def _flatten(self, images: Tensor) -> Tensor:
         """What the VAEs see of the images, ``(N, 784)``."""
@@ -319,11 +313,11 @@ class _Energies(torch.autograd.Function):
     """E_c(x), ``(N, C)``, with the gradient policy of the model; inference itself leaves no graph."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, model: ABS, question: Question | None) -> Tensor:
+    def forward(ctx: Any, images: Tensor, model: ABS, labels: Tensor | None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), full_precision(images.device):
             flat = model._flatten(images)
             decoders = model.decoders.class_decoders()
-            duel = None if question is None else Duel(question.labels.to(flat.device), model._factors(flat))
+            duel = None if labels is None else Duel(labels.to(flat.device), model._factors(flat))
             energies, latents = infer_latents(decoders, model._prototypes(), flat, model.settings, duel)
             publish(lambda: model._observation(images, energies, latents))
         ctx.save_for_backward(flat, latents)

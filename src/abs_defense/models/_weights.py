@@ -36,11 +36,21 @@ class Calibration:
         alpha: scale of the logits.
         eta: offset of the confidence softmax.
         gamma: Binary ABS's factor for each class.
+
+    Raises:
+        ValueError: alpha or a gamma is not a positive number, or eta less than 0.
     """
 
     alpha: float
     eta: float
     gamma: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (0 < self.alpha < math.inf and 0 <= self.eta < math.inf and all(0 < g < math.inf for g in self.gamma)):
+            raise ValueError(
+                "calibration: expected alpha and gamma above 0 and eta of at least 0, all finite, got "
+                f"alpha={self.alpha}, eta={self.eta}, gamma={self.gamma}"
+            )
 
 
 PAPER_CALIBRATION = Calibration(
