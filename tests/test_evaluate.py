@@ -47,9 +47,11 @@ from abs_defense.benchmark import (
     smallest_distances,
 )
 from abs_defense.benchmark._figures import certified_figure
+from abs_defense.benchmark._measure import measure
 from abs_defense.benchmark._report import findings
 from abs_defense.benchmark._table import certified
 from abs_defense.data import ImageSet
+from abs_defense.inference import _infer
 from abs_defense.models import ABS_NAMES, MODEL_NAMES, load_weights, save_weights
 from abs_defense.models._baselines import save_baseline, untrained_network
 
@@ -465,6 +467,21 @@ def test_an_adversarial_counts_in_every_norm(four):
     rows = robustness_rows(results, data, {})
     assert [(row["norm"], row["strongest attack"]) for row in rows] == [("L∞", "dust"), ("L0", "few")]
     assert [row["queries per image"] for row in rows] == [10, 10]
+
+
+def test_attacks_whose_queries_are_counted_ask_for_decisions_only(digits, monkeypatch):
+    duels, solve = [], _infer._solve_duel
+
+    def counted(*args):
+        duels.append(1)
+        return solve(*args)
+
+    monkeypatch.setattr(_infer, "_solve_duel", counted)
+    spec = AttackSpec("pointwise", "l0", {"restarts": 1, "max_queries": 2}, factory=PointwiseAttack)
+    reported = []
+    arrays = measure(spec, ABS(prototypes=50), digits.images, digits.labels, 0, reported.append)
+    assert len(duels) == 2
+    assert sum(reported) >= arrays["queries"].sum() == 40
 
 
 def test_certificates_stand_beside_attacks(digits, tmp_path):

@@ -62,7 +62,7 @@ def measure(
     pieces get the same noise.
     """
     started = time.perf_counter()
-    with _report_queries(model, on_queries), _seeded(seed):
+    with _report_queries(model, on_queries, isinstance(measurement, AttackSpec)), _seeded(seed):
         if isinstance(measurement, AttackSpec):
             arrays = _attack(measurement, model, x, y, seed)
         elif isinstance(measurement, CertificateSpec):
@@ -219,13 +219,16 @@ def _counts(queries: Any, gradients: Any) -> Arrays:
 
 
 @contextlib.contextmanager
-def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[None]:
-    # Before the forward, because attacks ask for whole logits where a hook could see them.
-    def report(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _report_queries(model: nn.Module, on_queries: OnQueries | None, attacked: bool) -> Iterator[None]:
+    """Count calls where it costs nothing: attacks ask for whole logits where a hook could see them, and certificates
+    refuse models whose input a hook could change."""
+
+    def report(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         assert on_queries is not None
         on_queries(len(args[0]))
 
-    handle = None if on_queries is None else model.register_forward_pre_hook(report)
+    register = model.register_forward_pre_hook if attacked else model.register_forward_hook
+    handle = None if on_queries is None else register(report)
     try:
         yield
     finally:
