@@ -480,8 +480,8 @@ def test_attacks_whose_queries_are_counted_ask_for_decisions_only(digits, monkey
     spec = AttackSpec("pointwise", "l0", {"restarts": 1, "max_queries": 2}, factory=PointwiseAttack)
     reported = []
     arrays = measure(spec, ABS(prototypes=50), digits.images, digits.labels, 0, reported.append)
-    assert len(duels) == 2
-    assert sum(reported) >= arrays["queries"].sum() == 40
+    assert len(duels) == 2  # and one call for all logits
+    assert sum(reported) >= arrays["queries"].sum() == 60
 
 
 def test_certificates_stand_beside_attacks(digits, tmp_path):
