@@ -1,11 +1,16 @@
 """Speed and memory of latent inference beside the authors' procedure, all in one process.
 
-    python benchmarks/inference_speed.py [--device cuda] [--weights mnist] [--repeats 3] [--scaling scaling.png]
+    python benchmarks/inference_speed.py [--device cuda] [--weights mnist] [--repeats 3] [--images 10000]
+        [--scaling scaling.png]
 
 The authors' procedure is written plainly in PyTorch, as they wrote it: one loop over the classes, transposed
 convolutions and batch norm as modules, weights that ask for gradients, the default layout. It is measured first, before
 this package changes anything about the process, and again at the end. Ratios compare medians at batch 100. Warm-up is
 everything before the first answer but Python's imports: loading the weights, decoding the prototypes, the first image.
+
+With ``--images``, which a GPU has by default, so many images go through each model in one call, and through the
+authors' procedure in the faster of two batch sizes; then ten times as many, to see whether memory grows; and the logits
+are compared with a CPU's.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from abs_defense.data import foolbox_digits
 from abs_defense.inference import PIXELS, sample_latents
 from abs_defense.models import load_weights, unfold_decoders
 
+PAPERS = "adam, 50 steps (the paper's)"
 FLOP_OF_THE_DECODER = 2 * (8 * 32 * 16 + 16 * 32 * 16 * 25 + 121 * 16 * 16 * 25 + 625 * 16 * 16)
 
 
@@ -99,9 +105,54 @@ def numba_version() -> str:
 
 
 def memory(device: torch.device) -> str:
+    """The most that was in use so far."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB of the process"
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def flop(images: int) -> float:
+    """Of the paper's procedure: 50 forward and backward passes and the search, for ten classes."""
+    return images * 10 * (50 * 2 * FLOP_OF_THE_DECODER + 2 * 8000 * PIXELS)
+
+
+def many_images(
+    models: dict[str, ABS], authors: AuthorsProcedure, digits: Tensor, number: int, repeats: int, peak_flop: float
+) -> None:
+    """One call with many images, ten of them one after the other, and the same logits on a CPU."""
+    device = digits.device
+    noise = torch.rand(number, *digits.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+    images = (digits.repeat(-(-number // len(digits)), 1, 1, 1)[:number] + 0.2 * (noise - 0.5)).clamp(0.0, 1.0)
+
+    def authors_seconds(batch: int) -> float:
+        part = images[: 10 * batch]
+        return number / len(part) * seconds(lambda: [authors(x) for x in part.split(batch)], device, repeats)
+
+    theirs = {batch: authors_seconds(batch) for batch in (100, 1000)}
+    best = min(theirs, key=lambda batch: theirs[batch])
+    print(f"{number} images, the authors' procedure: {theirs[best]:.3f} s in batches of {best}")
+    for name, model in models.items():
+        forget_peak(device)
+        took = seconds(lambda m=model: answer(m, images), device, repeats)  # type: ignore[misc]
+        print(f"{number} images, {name}: {took:.3f} s, {theirs[best] / took:.1f} times as fast")
+        if name == PAPERS:
+            print(f"    {100 * flop(number) / took / peak_flop:.0f} % of the peak (median)")
+        before = memory(device)
+        for _ in range(10):
+            answer(model, images)
+        print(f"    peak memory {before}, after {10 * number} images more {memory(device)}")
+        there = answer(model, images[:100]).cpu()
+        here = answer(model.to("cpu"), images[:100].cpu())
+        model.to(device)
+        other = int((here.argmax(1) != there.argmax(1)).sum())
+        print(
+            f"    {len(here)} images on a CPU: logits {(here - there).abs().max():.1e} apart, {other} other predictions"
+        )
 
 
 def scaling(weights: str, device: torch.device, images: Tensor, repeats: int, path: str) -> None:
@@ -172,6 +223,7 @@ def main() -> None:
     parser.add_argument("--weights", default="mnist")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 100, 400])
+    parser.add_argument("--images", type=int, help="in one call; on a GPU by default 10,000")
     parser.add_argument("--scaling", metavar="PNG", help="also draw how the cost grows")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -190,8 +242,8 @@ def main() -> None:
     if device.type == "cpu":
         before = memory(device)
     started = time.perf_counter()
-    models = {"adam, 50 steps (the paper's)": ABS(args.weights, solver="adam").to(device)}
-    answer(models["adam, 50 steps (the paper's)"], digits[:1])
+    models = {PAPERS: ABS(args.weights, solver="adam").to(device)}
+    answer(models[PAPERS], digits[:1])
     print(f"warm-up: {time.perf_counter() - started:.1f} s")
     models["bfgs"] = ABS(args.weights, solver="bfgs").to(device)
     models["prototypes only"] = ABS(args.weights, steps=0).to(device)
@@ -211,13 +263,16 @@ def main() -> None:
     print(f"the authors' procedure again: {10 * again:.1f} ms an image")
     for name, took in medians.items():
         print(f"{name}: {first / took:.1f} times as fast as at first, {again / took:.1f} times as fast as again")
-    flops = 100 * 10 * (50 * 2 * FLOP_OF_THE_DECODER + 2 * 8000 * PIXELS)
-    share = flops / medians["adam, 50 steps (the paper's)"] / statistics.median(peaks)
-    print(f"the paper's procedure: {flops / 1e11:.2f} GFLOP an image, {100 * share:.0f} % of the peak (median)")
+    share = flop(100) / medians[PAPERS] / statistics.median(peaks)
+    print(f"the paper's procedure: {flop(1) / 1e9:.2f} GFLOP an image, {100 * share:.0f} % of the peak (median)")
     if device.type == "cpu":
         print(f"peak memory: {before} before, {memory(device)} with three models")
     else:
         print(f"peak memory: {memory(device)}")
+    if args.images is None and device.type == "cuda":
+        args.images = 10_000
+    if args.images:
+        many_images(models, authors, digits, args.images, args.repeats, statistics.median(peaks))
     if args.scaling:
         scaling(args.weights, device, digits, args.repeats, args.scaling)
 

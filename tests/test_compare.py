@@ -103,6 +103,41 @@ def test_images_that_were_not_broken_have_no_mean(easy, tmp_path):
     assert "difference" not in row
 
 
+def test_attacks_image_by_image(easy, tmp_path):
+    data = ImageSet(easy.images, torch.cat([easy.labels[:3], (easy.labels[3:] + 1) % 10]), easy.name)
+    short = AttackSpec("short", "l2", {"steps": 5}, factory=fb.attacks.DDNAttack)
+    none = AttackSpec("none", "l2", factory=fb.attacks.FGM, epsilons=(1e-6,))
+    folder = _run(data, tmp_path / "a", Linear, DDN, short, none, FMN)
+    found = {r.attack: r.arrays["distances"] for r in read_evaluation(folder).results if "distances" in r.arrays}
+    assert all(distances[3] == 0 for distances in found.values())
+    comparison = compare_evaluations([folder], ["ddn", "short"])
+    rows = {(row["attack"], row["against"]): row for row in comparison.against}
+    assert set(rows) == {("short", "ddn"), ("none", "ddn"), ("ddn", "short"), ("none", "short")}
+    assert all(row["norm"] == "L2" and row["model"] == "model" and row["images"] == 3 for row in rows.values())
+    ratios = found["ddn"][:3] / found["short"][:3]
+    assert ratios.max() < 0.999
+    row = rows["ddn", "short"]
+    assert (row["smaller"], row["larger"], row["alone smallest"]) == (3, 0, 0)  # linf-fmn found smaller ones
+    assert row["ratio"] == f"{ratios.min():.3f}, {np.median(ratios):.3f}, {ratios.max():.3f}"
+    without = _run(data, tmp_path / "b", Linear, DDN, short, none)
+    (row,) = (row for row in compare_evaluations([without], ["short"]).against if row["attack"] == "ddn")
+    assert (row["smaller"], row["alone smallest"]) == (3, 3)
+    row = rows["short", "ddn"]
+    assert (row["smaller"], row["larger"], row["alone smallest"]) == (0, 3, 0)
+    row = rows["none", "ddn"]
+    assert (row["smaller"], row["larger"], row["ratio"]) == (0, 3, "inf, inf, inf")
+    (row,) = (row for row in compare_evaluations([folder], ["none"]).against if row["attack"] == "ddn")
+    assert (row["smaller"], row["larger"], row["ratio"]) == (3, 0, "")
+
+
+def test_a_thousandth_is_no_difference(easy, tmp_path):
+    same = AttackSpec("same", "l2", DDN.settings, factory=fb.attacks.DDNAttack)
+    folder = _run(easy, tmp_path / "a", Linear, DDN, same, FMN)
+    (row,) = compare_evaluations([folder], ["ddn"]).against
+    assert (row["smaller"], row["larger"], row["ratio"], row["alone smallest"]) == (0, 0, "1.000, 1.000, 1.000", 0)
+    assert compare_evaluations([folder], ["linf-fmn"]).against == []
+
+
 def test_what_cannot_be_compared(easy, tmp_path):
     first = _run(easy, tmp_path / "a", Linear, DDN)
     fewer = _run(easy.head(2), tmp_path / "b", Linear, DDN)
@@ -111,6 +146,8 @@ def test_what_cannot_be_compared(easy, tmp_path):
     weaker = AttackSpec("ddn", "l2", {"steps": 2}, factory=fb.attacks.DDNAttack)
     with pytest.raises(ValueError, match="model: ddn has different settings in"):
         compare_evaluations([first, _run(easy, tmp_path / "c", Linear, weaker)])
+    with pytest.raises(ValueError, match="expected an attack that met a model, of ddn; got pgd"):
+        compare_evaluations([first], ["pgd"])
     with pytest.raises(ValueError, match="at least one evaluation"):
         compare_evaluations([])
     with pytest.raises(FileNotFoundError, match="holds no evaluation"):
@@ -125,6 +162,11 @@ def test_command(easy, tmp_path):
     assert "| model (a)" in result.stdout
     assert "95% interval" in result.stdout
     assert str(compare_evaluations([first, second]).pairs[0]["difference"]) in result.stdout
+    other = subprocess.run([*command, "--against", "ddn"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr
+    unknown = subprocess.run([*command, "--against", "pgd"], cwd=tmp_path, capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "expected an attack that met a model" in unknown.stderr
     wrong = subprocess.run([*command, "--format", "cuneiform"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "is not one of" in wrong.stderr

@@ -561,6 +561,20 @@ def test_descent_stays_at_a_stationary_point():
 # Inference
 
 
+@pytest.mark.parametrize("images", [2, 300])
+def test_descent_elsewhere_than_on_a_cpu_asks_for_no_value_and_compiles_to_one_graph(random_stack, images):
+    """So a CUDA graph can record it. Tensors of the device "meta" have no values."""
+    decoders = random_stack(classes=3, dtype=torch.float32).to("meta").class_decoders()
+    x, z = torch.empty(images, 784, device="meta"), torch.empty(3, images, 8, device="meta")
+
+    def run(z):
+        return descend(decoders, x, z, steps=2, lr=0.05, radius=5.0, beta=1.0)
+
+    with torch.no_grad():
+        assert run(z).shape == z.shape
+        assert torch.compile(run, backend="eager", fullgraph=True)(z).shape == z.shape
+
+
 @pytest.mark.parametrize("classes", [1, 3, 12])
 def test_inference_treats_each_class_alone(random_stack, classes):
     stack = random_stack(classes)

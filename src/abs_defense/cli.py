@@ -191,15 +191,20 @@ def compare(
     style: Annotated[
         str, typer.Option("--format", help="Of the tables: simple, github, latex_booktabs, tsv, ... (tabulate's).")
     ] = "simple",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ATTACK", help="Compare others of its norm with it, image by image; may be repeated."),
+    ] = None,
 ) -> None:
-    """Evaluations side by side: the paper's table, a column a model; and models of one name, image by image."""
+    """Evaluations side by side: the paper's table, a column a model; models of one name, image by image; attacks too,
+    with --against."""
     from tabulate import tabulate, tabulate_formats
 
     from abs_defense.benchmark import compare_evaluations
 
     _require_choice(style, tabulate_formats, "--format")
-    comparison = compare_evaluations(folders)
-    for rows in (comparison.table, comparison.pairs):
+    comparison = compare_evaluations(folders, against or ())
+    for rows in (comparison.table, comparison.pairs, comparison.against):
         if rows:
             typer.echo(tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True) + "\n")
 

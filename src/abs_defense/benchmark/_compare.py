@@ -20,6 +20,7 @@ from abs_defense.benchmark._table import Row, certified, of_certificates, smalle
 from abs_defense.certificates import Norm
 from abs_defense.data import ImageSet
 
+_CLOSE = 1e-3  # relative; distances no further apart count as the same
 _RESAMPLES = 9999
 _CONFIDENCE = 0.95
 
@@ -36,10 +37,16 @@ class Comparison:
         pairs: one row a norm and pair of models that have the same name in different folders: mean distances and
             accuracies at the threshold under the attacks that both met, by how much the first mean is larger, and the
             95 % interval of that by bootstrap over the images, which both share.
+        against: one row a reference attack, model and other attack of its norm, image by image: how many images the
+            model classifies correctly; on how many the attack's distance is smaller and larger than the reference's, by
+            more than a thousandth; the least, median and largest ratio of the two distances, over images that the
+            reference broke; on how many images the attack's is smaller than that of every adversarial that another
+            attack found, those made for another norm included.
     """
 
     table: list[Row]
     pairs: list[Row]
+    against: list[Row]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class _Column:
         return smallest_distances(chosen, self.model, norm, data)
 
 
-def compare_evaluations(folders: Sequence[str | Path]) -> Comparison:
+def compare_evaluations(folders: Sequence[str | Path], against: Sequence[str] = ()) -> Comparison:
     """Compare finished evaluations of the same images.
 
     A model that several folders evaluated with the same weights and settings is one column, with the attacks of all of
@@ -69,10 +76,12 @@ def compare_evaluations(folders: Sequence[str | Path]) -> Comparison:
 
     Args:
         folders: of ``run_evaluation``; one will do.
+        against: attacks to compare all others of their norm with, image by image.
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: no folder; evaluations of different images; an attack with different settings on one model.
+        ValueError: no folder; evaluations of different images; an attack with different settings on one model; an
+            attack in ``against`` that met no model.
     """
     if not folders:
         raise ValueError("folders: expected at least one evaluation, got none")
@@ -85,7 +94,14 @@ def compare_evaluations(folders: Sequence[str | Path]) -> Comparison:
                 f"other {len(evaluation.data)} of {evaluation.data.name} in {folder}"
             )
     columns = _columns([str(folder) for folder in folders], found)
-    return Comparison(list(_table(columns, data)), list(_pairs(columns, data)))
+    met = {r.attack for c in columns for r in c.results if "distances" in r.arrays}
+    for reference in against:
+        if reference not in met:
+            raise ValueError(
+                f"against: expected an attack that met a model, of {', '.join(sorted(met))}; got {reference}"
+            )
+    rows = (row for reference in against for column in columns for row in _against(reference, column, data))
+    return Comparison(list(_table(columns, data)), list(_pairs(columns, data)), list(rows))
 
 
 def _columns(folders: Sequence[str], evaluations: Sequence[Finished]) -> list[_Column]:
@@ -163,6 +179,34 @@ def _pairs(columns: Sequence[_Column], data: ImageSet) -> Iterator[Row]:
                 row["difference"] = f"{a.mean() / b.mean() - 1.0:+.1%}"
                 row[f"{_CONFIDENCE:.0%} interval"] = f"{low - 1.0:+.1%} to {high - 1.0:+.1%}"
             yield row
+
+
+def _against(reference: str, column: _Column, data: ImageSet) -> Iterator[Row]:
+    base = column.arrays(reference, "distances")
+    if base is None:
+        return
+    own = next(r.norm for r in column.results if r.attack == reference)
+    norm = next(norm for norm in NORMS if norm == own)
+    for result in column.results:
+        if result.norm != norm or result.attack == reference or "distances" not in result.arrays:
+            continue
+        found = result.arrays["distances"]
+        others = column.smallest(norm, data, [r.attack for r in column.results if r.attack != result.attack])
+        assert others is not None
+        correct = base > 0
+        broken = correct & np.isfinite(base)
+        ratios = np.sort(found[broken] / base[broken])
+        yield {
+            "norm": NORMS[norm].label,
+            "model": column.name,
+            "attack": result.attack,
+            "against": reference,
+            "images": int(correct.sum()),
+            "smaller": int((found < (1.0 - _CLOSE) * base).sum()),
+            "larger": int((found > (1.0 + _CLOSE) * base).sum()),
+            "ratio": ", ".join(f"{r:.3f}" for r in (ratios[0], np.median(ratios), ratios[-1])) if len(ratios) else "",
+            "alone smallest": int((found < (1.0 - _CLOSE) * others).sum()),
+        }
 
 
 def _interval(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> tuple[float, float]:

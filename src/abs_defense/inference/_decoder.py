@@ -145,7 +145,7 @@ class _Decoders:
         for j, tap in enumerate(taps.view(g, 4, 4, n, 25, 25).unbind(2)):
             rows.narrow(4, j, 25).add_(tap)
         number = g * n * PIXELS
-        padded = taps.new_zeros(whole_vectors(number))
+        padded = taps.new_zeros(whole_vectors(number, taps.device))
         sums = padded[:number].view(g, n, 28, 28).add_(self.b3)
         for i, row in enumerate(rows.unbind(1)):
             sums.narrow(2, i, 25).add_(row)

@@ -24,9 +24,11 @@ _Floats = npt.NDArray[np.float32]
 _Kernel = Callable[[_Floats, _Floats], None]
 
 
-def whole_vectors(number: int) -> int:
-    """The next size of which each of torch's threads takes whole vectors: a function of the elements left over is
-    computed by other code, with other rounding."""
+def whole_vectors(number: int, device: torch.device) -> int:
+    """The next size of which each of torch's threads on a CPU takes whole vectors: a function of the elements left over
+    is computed by other code, with other rounding."""
+    if device.type != "cpu":
+        return number
     threads = max(1, min(torch.get_num_threads(), -(-number // _GRAIN)))
     return number + -number % (_VECTORS * threads)
 
@@ -54,7 +56,7 @@ def elu_of_sum(a: Tensor, bias: Tensor, parts: int = 1) -> Tensor:
         return a
     a.add_(bias)
     flat = a.as_strided((a.numel(),), (1,))
-    padded = flat.new_empty(whole_vectors(len(flat)))
+    padded = flat.new_empty(whole_vectors(len(flat), flat.device))
     torch.clamp_max(flat, 0.0, out=padded[: len(flat)])
     torch.maximum(flat, padded.mul_(_LOG2_E).exp2_().sub_(1.0)[: len(flat)], out=flat)
     return a
