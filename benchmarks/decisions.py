@@ -4,7 +4,8 @@
 
 For ABS and Binary ABS with each solver: decisions of `misclassification_only` that differ from those of all logits, and
 the share of the whole inference's time. The images: digits with their labels and with wrong ones; means of two digits
-with the label of the first; and the queries of attacks that ask for nothing else. Finished rows are kept in --out, so
+with the label of the first; and the queries of attacks that need nothing else (Boundary doesn't ask for it in the
+suite; these rows say why). Finished rows are kept in --out, so
 that a stopped run continues.
 """
 
@@ -41,6 +42,7 @@ ATTACKS = {
     ),
     "Pointwise": PointwiseAttack(restarts=1, max_queries=100),
 }
+BOUNDARY = StartedAttack(fb.attacks.BoundaryAttack(steps=200))
 
 Source = Callable[["Compared"], object]
 
@@ -102,6 +104,12 @@ def sources(data: ImageSet, few: ImageSet) -> Iterator[tuple[str, Source]]:
     yield "means of two digits", ask((half.images + half.images.flip(0)) / 2, half.labels)
     for name, attack in ATTACKS.items():
         yield f"{name}, {len(few)} images", attacked(attack)
+
+    def boundary(model: Compared) -> None:
+        with misclassification_only(few.labels):
+            attacked(BOUNDARY)(model)
+
+    yield f"Boundary, {len(few)} images", boundary
 
 
 def main() -> None:

@@ -1220,6 +1220,34 @@ class Squared(ABS):
         return super().forward(images.square())
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module, args, logits: logits.flip(1),
+        lambda module, args, logits: logits + 0.1,
+        lambda module, args, logits: logits[:, :5],
+    ],
+)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_hooks_that_change_logits_are_refused(few, hook, everywhere):
+    model = ABS(prototypes=4, steps=0)
+    register = nn.modules.module.register_module_forward_hook if everywhere else model.register_forward_hook
+    handle = register(hook)
+    try:
+        with pytest.raises(TypeError, match="a forward hook changes its logits"):
+            certify(model, *few)
+    finally:
+        handle.remove()
+
+
+def test_hooks_that_look_are_not_refused(few):
+    model, seen = ABS(prototypes=4, steps=0), []
+    radius = certify(model, *few).radius
+    model.register_forward_hook(lambda module, args, logits: seen.append(len(logits)))
+    assert torch.equal(certify(model, *few).radius, radius)
+    assert sum(seen) == len(few[0])
+
+
 def test_wrong_types_are_refused(models, few):
     images, labels = few
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got Sequential.*pass the module inside"):
@@ -1231,6 +1259,10 @@ def test_wrong_types_are_refused(models, few):
     hooked.register_forward_pre_hook(lambda module, args: (args[0].square(),))
     with pytest.raises(TypeError, match="a forward pre-hook"):
         certify(hooked, images, labels)
+    replaced = ABS(prototypes=4, steps=0)
+    replaced.forward = lambda images: -ABS.forward(replaced, images)
+    with pytest.raises(TypeError, match="a forward of its own"):
+        certify(replaced, images, labels)
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got PyTorchModel"):
         certify(fb.PyTorchModel(models["abs"], bounds=(0, 1), device="cpu"), images, labels)
     with pytest.raises(TypeError, match=r"images: expected a torch.Tensor, got ndarray"):

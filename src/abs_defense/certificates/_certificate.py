@@ -120,7 +120,7 @@ def certify(
     with torch.inference_mode(False), torch.no_grad(), full_precision(device):
         x, y = x.detach().to(device).clone(), y.detach().to(device, torch.long).clone()
         out = _empty(x, y, norm, method, proved=finite)
-        prediction = torch.cat([model(part).argmax(1) for part in x.split(256)]) if len(x) else y
+        prediction = torch.cat([_logits(model, part).argmax(1) for part in x.split(256)]) if len(x) else y
         correct = prediction == y
         out.correct.copy_(correct)
         out.radius[~correct] = 0.0
@@ -151,6 +151,16 @@ def certify(
                         (_exact if method == "exact" else _bisector)(out, points, search, i, row)
                         bar.update()
     return out
+
+
+def _logits(model: ABS, x: Tensor) -> Tensor:
+    found: Tensor = model(x)
+    everywhere = torch.nn.modules.module
+    if model._forward_hooks or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        without = model.forward(x)
+        if found.shape != without.shape or not torch.allclose(found, without, rtol=1e-4):
+            raise TypeError("model: a forward hook changes its logits, of which a certificate says nothing")
+    return found
 
 
 def _batches_of_one_class(correct: Tensor, labels: Tensor) -> list[Tensor]:
@@ -248,10 +258,10 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
         raise TypeError(
             f"model: expected ABS or BinaryABS, got {type(model).__name__}; for a wrapped model pass the module inside"
         )
-    if type(model).forward is not ABS.forward or model._forward_pre_hooks:
+    if type(model).forward is not ABS.forward or "forward" in vars(model) or model._forward_pre_hooks:
         raise TypeError(
-            f"model: {type(model).__name__} changes what ABS.forward sees or returns (a subclass with its own forward, "
-            "or a forward pre-hook), of which a certificate says nothing"
+            f"model: {type(model).__name__} changes what ABS.forward sees or returns (a forward of its own, or a "
+            "forward pre-hook), of which a certificate says nothing"
         )
     check_choices(norm=(norm, NORM_NAMES), method=(method, METHODS))
     if method != "bisector" and norm != "l2":
