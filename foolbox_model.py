@@ -20,7 +20,7 @@ def create(name: str = "abs", *, device: str | None = None, **settings: Any) -> 
     Args:
         name: ``"abs"``, ``"binary-abs"``, ``"prototype-abs"``, ``"cnn"``, ...; see ``abs_defense.load_model``.
         device: by default ``"cuda"`` where there is one, else ``"cpu"``.
-        settings: further arguments of ``abs_defense.load_model``: ``gradient``, ``seed``, ``weights``.
+        settings: further arguments of ``abs_defense.load_model``: ``gradient``, ``solver``, ``seed``, ``weights``.
 
     Raises:
         ValueError: no model of that name.

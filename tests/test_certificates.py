@@ -1248,6 +1248,16 @@ def test_hooks_that_look_are_not_refused(few):
     assert sum(seen) == len(few[0])
 
 
+class Called(ABS):
+    def __call__(self, images):
+        return super().__call__(images.square())
+
+
+def test_a_call_of_its_own_is_refused(few):
+    with pytest.raises(TypeError, match=r"model: Called changes what ABS\.forward sees or returns"):
+        certify(Called(prototypes=4, steps=0), *few)
+
+
 def test_wrong_types_are_refused(models, few):
     images, labels = few
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got Sequential.*pass the module inside"):
@@ -1261,7 +1271,7 @@ def test_wrong_types_are_refused(models, few):
         certify(hooked, images, labels)
     replaced = ABS(prototypes=4, steps=0)
     replaced.forward = lambda images: -ABS.forward(replaced, images)
-    with pytest.raises(TypeError, match="a forward of its own"):
+    with pytest.raises(TypeError, match="a forward or call of its own"):
         certify(replaced, images, labels)
     with pytest.raises(TypeError, match=r"model: expected ABS or BinaryABS, got PyTorchModel"):
         certify(fb.PyTorchModel(models["abs"], bounds=(0, 1), device="cpu"), images, labels)

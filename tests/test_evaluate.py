@@ -484,6 +484,19 @@ def test_attacks_whose_queries_are_counted_ask_for_decisions_only(digits, monkey
     assert sum(reported) >= arrays["queries"].sum() == 60
 
 
+def test_a_certificate_asks_once_for_each_image_and_reports_that(digits, monkeypatch):
+    model, asked, reported = ABS(prototypes=50, steps=0), [], []
+    forward = ABS.forward
+
+    def counted(self, images):
+        asked.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(ABS, "forward", counted)
+    measure(CertificateSpec("c", "l2"), model, digits.images, digits.labels, 0, reported.append)
+    assert asked == reported == [len(digits)]
+
+
 def test_certificates_stand_beside_attacks(digits, tmp_path):
     model = ModelSpec("few", _few, kind="prototype-abs")
     chosen = (CLEAN, FAST[0], CertificateSpec("bisector-l2", "l2", models=("prototype-abs",)))

@@ -81,8 +81,8 @@ def evaluate(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Of the ABS models: bundled name, .safetensors file, or folder of ABS_*.net. With one --model that is "
-            "a baseline: its .safetensors file."
+            help="Of the ABS models (but certified-abs, which is then left out by default): bundled name, .safetensors "
+            "file, or folder of ABS_*.net. With one --model that is a baseline: its .safetensors file."
         ),
     ] = None,
     solver: Annotated[

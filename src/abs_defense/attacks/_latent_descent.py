@@ -27,9 +27,9 @@ class LatentDescentAttack(ContractAttack):
     original's value, the others go just across the threshold. Steps that flip no pixel leave what the model sees
     unchanged and cost no query.
 
-    Works on every foolbox model with ABS or Binary ABS inside, however deep, if the preprocessing is an affine map
-    of each pixel: it listens to the model during the call. (``torch.nn.DataParallel`` calls it in other threads,
-    where it cannot be heard.)
+    Works on every foolbox model with ABS or Binary ABS inside, however deep, that calls it once with each image, if the
+    preprocessing is an affine map of each pixel: it listens to the model during the call. (``torch.nn.DataParallel``
+    calls it in other threads, where it cannot be heard.)
 
     Args:
         stepsize: epsilon of the paper, relative to the way that is left.
@@ -38,8 +38,8 @@ class LatentDescentAttack(ContractAttack):
         margin: how far across the threshold pixels go, in the model's units (Binary ABS).
 
     Raises:
-        ValueError: at the call, if there is no ABS inside the model, the criterion is neither ``Misclassification``
-            nor ``TargetedMisclassification``, or the input is not what the model takes.
+        ValueError: a setting is out of its range; at the call, if there is no ABS inside the model, the criterion is
+            neither ``Misclassification`` nor ``TargetedMisclassification``, or the input is not what the model takes.
     """
 
     distance = l2

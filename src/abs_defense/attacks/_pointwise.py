@@ -49,8 +49,8 @@ class PointwiseAttack(ContractAttack):
         init_attack: minimisation attack that gives the starting points. By default the sparsest of ``start_draws``
             draws of salt and pepper noise.
         start_draws: see ``init_attack``. The first adversarial draw costs 10 queries at most, a later one 5 if it is
-            sparser by 15 % and else a single one; no more than a quarter of ``max_queries`` goes into them. After 5
-            draws without an adversarial the restart is given up.
+            sparser by 15 % and else a single one; none begins once a quarter of ``max_queries``, shared among the
+            restarts, is spent. After 5 draws without an adversarial the restart is given up.
         max_queries: the most queries an image, over all restarts and with the one of the original; those of
             ``init_attack`` are not counted, nor the one with which foolbox judges the result of a call.
         seed: of all random choices. An image's result depends neither on its place in the batch nor on the others.

@@ -38,7 +38,8 @@ class QueryCounter(WrappedModel):
 
     Raises:
         QueryLimitExceededError: at the call, before the model is asked for more than a limit.
-        ValueError: ``images`` is not a whole number of at least 1, or at the call less than the batch.
+        ValueError: ``images`` is not a whole number of at least 1, or less than the batch of an
+            attack that names its images.
     """
 
     def __init__(

@@ -58,11 +58,12 @@ def measure(
     - all: ``queries`` and ``gradients`` of the model, an image.
 
     Foolbox's attacks draw from global random states; these are seeded and put back. ``on_queries`` is called with the
-    number of images of every model call. ``start`` is the place of the first image among all of them, so that no two
-    pieces get the same noise.
+    number of images of every model call; of a certificate, at the end. ``start`` is the place of the first image
+    among all of them, so that no two pieces get the same noise.
     """
     started = time.perf_counter()
-    with _report_queries(model, on_queries, isinstance(measurement, AttackSpec)), _seeded(seed):
+    certifies = isinstance(measurement, CertificateSpec)  # which refuses models with hooks before them
+    with _report_queries(model, None if certifies else on_queries), _seeded(seed):
         if isinstance(measurement, AttackSpec):
             arrays = _attack(measurement, model, x, y, seed)
         elif isinstance(measurement, CertificateSpec):
@@ -71,6 +72,8 @@ def measure(
             arrays = _distal(measurement, model, x, start)
         else:
             arrays = _clean(model, x)
+    if certifies and on_queries is not None:
+        on_queries(len(x))
     seconds = time.perf_counter() - started
     return {**arrays, "seconds": np.array([seconds]), "hardware": np.array([json.dumps(hardware(x.device))])}
 
@@ -219,16 +222,14 @@ def _counts(queries: Any, gradients: Any) -> Arrays:
 
 
 @contextlib.contextmanager
-def _report_queries(model: nn.Module, on_queries: OnQueries | None, attacked: bool) -> Iterator[None]:
-    """Count calls where it costs nothing: attacks ask for whole logits where a hook could see them, and certificates
-    refuse models whose input a hook could change."""
+def _report_queries(model: nn.Module, on_queries: OnQueries | None) -> Iterator[None]:
+    """Count calls before they are made: attacks ask for whole logits where a hook could see these."""
 
-    def report(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+    def report(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert on_queries is not None
         on_queries(len(args[0]))
 
-    register = model.register_forward_pre_hook if attacked else model.register_forward_hook
-    handle = None if on_queries is None else register(report)
+    handle = None if on_queries is None else model.register_forward_pre_hook(report)
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ Curve = tuple[list[float], list[float]]
 
 def load_curves(path: str | Path) -> dict[tuple[str, Norm], Curve]:
     """The published accuracy-distance curves by kind of model and norm, from a JSON file
-    ``{norm: {model: {"epsilon": [...], "accuracy_percent": [...]}}}``: distances, and accuracies as fractions.
+    ``{norm: {model: {"epsilon": [...], "accuracy_percent": [...]}}}``: distances, and accuracies, here as fractions.
 
     Raises:
         OSError: the file cannot be read.

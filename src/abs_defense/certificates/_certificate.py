@@ -109,8 +109,8 @@ def certify(
         The certificate, on the device of the model.
 
     Raises:
-        TypeError: the model is a wrapper around ABS, a subclass with a forward of its own, or something else; the
-            images or labels are no tensors.
+        TypeError: the model is a wrapper around ABS, has a forward or call of its own, a hook before it or one after it
+            that changes the logits of the images, or is something else; the images or labels are no tensors.
         ValueError: unknown norm or method, a method that does not serve the norm or the model, wrong images, labels
             of another shape or type or out of range.
     """
@@ -258,10 +258,11 @@ def _check(model: ABS, x: Tensor, y: Tensor, norm: str, method: str, anchors: in
         raise TypeError(
             f"model: expected ABS or BinaryABS, got {type(model).__name__}; for a wrapped model pass the module inside"
         )
-    if type(model).forward is not ABS.forward or "forward" in vars(model) or model._forward_pre_hooks:
+    own = type(model).forward is not ABS.forward or type(model).__call__ is not ABS.__call__ or "forward" in vars(model)
+    if own or model._forward_pre_hooks:
         raise TypeError(
-            f"model: {type(model).__name__} changes what ABS.forward sees or returns (a forward of its own, or a "
-            "forward pre-hook), of which a certificate says nothing"
+            f"model: {type(model).__name__} changes what ABS.forward sees or returns (a forward or call of its own, or "
+            "a forward pre-hook), of which a certificate says nothing"
         )
     check_choices(norm=(norm, NORM_NAMES), method=(method, METHODS))
     if method != "bisector" and norm != "l2":

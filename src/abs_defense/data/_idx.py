@@ -25,7 +25,7 @@ class ImageSet:
     """Grey images with labels.
 
     Attributes:
-        images: ``(N, 1, 28, 28)``, float32 in [0, 1].
+        images: ``(N, 1, 28, 28)``, floating point in [0, 1].
         labels: ``(N,)``, int64.
         name: what the images are, for tables and manifests.
 

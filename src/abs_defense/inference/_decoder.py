@@ -229,9 +229,10 @@ class JointDecoder(_Decoders):
     @staticmethod
     def is_faster(counts: Sequence[int]) -> bool:
         """Whether one pass is faster than one a class, for so many latents of each class: the largest count is what
-        each takes part with."""
-        one_pass = _COST_OF_JOINT_CALL + _COST_OF_JOINT_DECODING * len(counts) * max(counts)
-        return one_pass < sum(_COST_OF_CALL + count for count in counts if count)
+        each that has any takes part with."""
+        counts = [count for count in counts if count]
+        one_pass = _COST_OF_JOINT_CALL + _COST_OF_JOINT_DECODING * len(counts) * max([0, *counts])
+        return one_pass < sum(_COST_OF_CALL + count for count in counts)
 
     def _last_adjoint(self, grad: Tensor) -> Tensor:
         # For one channel oneDNN adds up the taps column by column, for several groups row by row: so on transposed

@@ -26,7 +26,6 @@ class Pairs:
         label: the class of each pair, ``(P,)``, ascending.
         image: the image of each pair, ``(P,)``.
         beta: weight of the KL term.
-        joint: the same decoders in one pass, if they can be joined.
     """
 
     decoders: Sequence[ClassDecoder]
@@ -34,14 +33,13 @@ class Pairs:
     label: Tensor
     image: Tensor
     beta: float
-    joint: JointDecoder | None = None
 
     @classmethod
     def of_all(cls, decoders: Sequence[ClassDecoder], images: Tensor, beta: float) -> Pairs:
         """Every class with every image: in the order (class, image)."""
         label = torch.arange(len(decoders), device=images.device).repeat_interleave(len(images))
         image = torch.arange(len(images), device=images.device).repeat(len(decoders))
-        return cls(decoders, images, label, image, beta, JointDecoder.of(decoders))
+        return cls(decoders, images, label, image, beta)
 
     def chosen(self, rows: Tensor) -> Pairs:
         """Some of them, whose ``rows`` are in ascending order."""
@@ -54,9 +52,10 @@ class Pairs:
     def energy_and_gradient(self, latents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """E and dE/dz at the latents of the pairs ``rows``, which are in ascending order: ``(R,), (R, L)``."""
         counts = self._counts(rows)
-        if self.joint is not None and JointDecoder.is_faster(counts):
-            table = _Table(counts, self.label[rows])
-            errors, slopes = self.joint.squared_error_and_gradient(table.of(latents), table.of(self._images(rows)))
+        joint = self._joint(counts)
+        if joint is not None:
+            table = _Table(counts, rows.device)
+            errors, slopes = joint.squared_error_and_gradient(table.of(latents), table.of(self._images(rows)))
             energy, gradient = table.rows(errors), table.rows(slopes)
         else:
             energy, gradient = torch.empty_like(latents[:, 0]), torch.empty_like(latents)
@@ -68,9 +67,10 @@ class Pairs:
     def energy(self, latents: Tensor, rows: Tensor) -> Tensor:
         """E at the latents of the pairs ``rows``, which are in ascending order: ``(R,)``."""
         counts = self._counts(rows)
-        if self.joint is not None and JointDecoder.is_faster(counts):
-            table = _Table(counts, self.label[rows])
-            decoded = table.rows(self.joint(table.of(latents)))
+        joint = self._joint(counts)
+        if joint is not None:
+            table = _Table(counts, rows.device)
+            decoded = table.rows(joint(table.of(latents)))
             energy = (decoded - self._images(rows)).square().sum(1)
         else:
             energy = torch.empty_like(latents[:, 0])
@@ -86,6 +86,12 @@ class Pairs:
         counts: list[int] = torch.bincount(self.label[rows], minlength=len(self.decoders)).tolist()
         return counts
 
+    def _joint(self, counts: Sequence[int]) -> JointDecoder | None:
+        """The decoders of the classes that have rows, where one pass through them is faster than one a class."""
+        if not JointDecoder.is_faster(counts):
+            return None
+        return JointDecoder.of([decoder for decoder, number in zip(self.decoders, counts, strict=True) if number])
+
     def _parts(self, counts: Sequence[int]) -> Iterator[tuple[ClassDecoder, slice]]:
         """The rows of one class after the other, a few at a time."""
         chunk = _CHUNK_CUDA if self.images.is_cuda else _CHUNK_CPU
@@ -97,12 +103,15 @@ class Pairs:
 
 
 class _Table:
-    """R rows, sorted by class, as a table ``(C, largest count, ...)``; what is left free there is zero."""
+    """R rows, sorted by class, as a table ``(classes that have rows, largest count, ...)``; what is left free there is
+    zero."""
 
-    def __init__(self, counts: Sequence[int], label: Tensor) -> None:
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        counts = [number for number in counts if number]
         self.shape = (len(counts), max(counts))
-        starts = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=label.device)
-        self.place = label * self.shape[1] + torch.arange(len(label), device=label.device) - starts[label]
+        starts = range(0, len(counts) * max(counts), max(counts))
+        place = itertools.chain(*(range(start, start + n) for start, n in zip(starts, counts, strict=True)))
+        self.place = torch.tensor(list(place), device=device)
 
     def of(self, values: Tensor) -> Tensor:
         table = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])

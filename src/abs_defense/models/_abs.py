@@ -48,9 +48,9 @@ class ABS(Classifier):
     """Analysis by Synthesis: which class's generative model explains the image best?
 
     For each class y the energy ``E_y(x) = min_z ||G_y(z) - x||^2 + beta * 0.5 ||z||^2`` is minimised by inference:
-    the best of ``prototypes`` decoded samples of the prior, then ``steps`` updates of Adam over z, projected to the
-    ball ``||z|| <= radius`` (section 3). The logits are ``alpha * l_y(x)`` with ``l_y = -E_y / 784`` (eq. 8); the
-    paper's bound l*_y is -E_y.
+    the best of ``prototypes`` decoded samples of the prior, then at most ``steps`` steps of latent descent
+    (``solver``) in the ball ``||z|| <= radius`` (section 3). The logits are ``alpha * l_y(x)`` with
+    ``l_y = -E_y / 784`` (eq. 8); the paper's bound l*_y is -E_y.
 
     The module takes ``(N, 1, 28, 28)`` floating point images in [0, 1] and returns ``(N, C)`` float32 logits. An
     image's logits do not depend on its batch. Weights are frozen.
@@ -63,7 +63,7 @@ class ABS(Classifier):
         prototypes: number of prior samples decoded per class; or the latents themselves, ``(K, L)`` or, for each
             class its own, ``(C, K, L)``.
         steps: updates of latent descent; 0 classifies by the best prototype alone.
-        lr: Adam's step size on z.
+        lr: Adam's step size on z; logits by ``"bfgs"`` do not depend on it.
         radius: of the ball that z is kept in.
         beta: weight of the KL term.
         solver: of the latent descent. ``"adam"`` is the paper's: ``steps`` updates from the best prototype. ``"bfgs"``
@@ -181,7 +181,8 @@ class ABS(Classifier):
         """Logits ``alpha * l_y(x)``: ``(N, 1, 28, 28) -> (N, C)``, float32.
 
         Raises:
-            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
+            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1]; in [-1, 2] where a gradient
+                is asked for, since attacks with momentum look ahead.
         """
         check_images(images)
         energies: Tensor = _Energies.apply(images, self, self._labels_in_question(images))  # type: ignore[no-untyped-call]

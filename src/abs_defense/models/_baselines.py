@@ -47,7 +47,7 @@ class Network(Classifier):
         """Logits ``(N, 1, 28, 28) -> (N, C)``, float32.
 
         Raises:
-            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
+            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1] ([-1, 2] for gradients).
         """
         check_images(images)
         dtype = next(self.layers.parameters()).dtype
@@ -157,7 +157,7 @@ class NearestNeighbor(Classifier):
         """Logits ``(N, 1, 28, 28) -> (N, C)``, float32; differentiable.
 
         Raises:
-            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1].
+            TypeError, ValueError: the images are not ``(N, 1, 28, 28)`` floats in [0, 1] ([-1, 2] for gradients).
         """
         check_images(images)
         flat = images.flatten(1).to(self.images.dtype)

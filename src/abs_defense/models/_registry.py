@@ -114,7 +114,8 @@ def available_models() -> tuple[str, ...]:
 
 
 def load_card(name: str) -> dict[str, Any]:
-    """The card of bundled weights (``"mnist"`` or a baseline): data, recipe, seed, command, date, sha256, test figures.
+    """The card of bundled weights (``"mnist"``, ``"certified"`` or a baseline): data, recipe, command, date, sha256,
+    test figures.
 
     Raises:
         FileNotFoundError: no such bundled weights.

@@ -41,8 +41,8 @@ class CertifiedTraining:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step.
-        learning_rate: of the decoders, falling linearly to zero; 0 leaves them as they are, so that only the choice
-            of prototypes on their manifold is tuned.
+        learning_rate: of the decoders, falling linearly to a fiftieth; 0 leaves them as they are, so that only the
+            choice of prototypes on their manifold is tuned.
         latent_learning_rate: of the prototypes' latents, likewise.
         margin: radius up to which a larger one is rewarded, in the L2 norm.
         power: of the hinge; above 1, images with a small or negative radius count more.
