@@ -5,8 +5,7 @@
 For ABS and Binary ABS with each solver: decisions of `misclassification_only` that differ from those of all logits, and
 the share of the whole inference's time. The images: digits with their labels and with wrong ones; means of two digits
 with the label of the first; and the queries of attacks that need nothing else (Boundary doesn't ask for it in the
-suite; these rows say why). Finished rows are kept in --out, so
-that a stopped run continues.
+suite; these rows say why). Finished rows are kept in --out, so that a stopped run continues.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from inference_speed import FLOP_OF_THE_DECODER, seconds
 from torch import Tensor
 
+from abs_defense._precision import full_precision
 from abs_defense.inference import PIXELS
 from abs_defense.inference._decoder import ClassDecoder, JointDecoder
 from abs_defense.inference._descent import adam_in_ball
@@ -90,7 +91,7 @@ def main() -> None:
     device = torch.device(args.device)
     decoders = load_weights(args.weights).decoders.to(device).class_decoders()
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(device):
         for number in args.images:
             images = torch.rand(number, PIXELS, generator=generator).to(device)
             start = torch.randn(len(decoders), number, 8, generator=generator).to(device)
