@@ -16,7 +16,7 @@ from foolbox.models import Model
 from abs_defense._checks import check_counts
 from abs_defense.attacks._base import ContractAttack, DecidingModel, Oracle, Rows, query_rows, some_images
 
-# Not the Boundary attack: nine in ten of its queries are not misclassified, so there is nothing to save.
+# Not the Boundary attack: nearly nine in ten of its queries are not misclassified, so there is nothing to save.
 _DECISION_BASED = (HopSkipJumpAttack, LinearSearchBlendedUniformNoiseAttack)
 
 
