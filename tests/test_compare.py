@@ -164,6 +164,12 @@ def test_command(easy, tmp_path):
     assert str(compare_evaluations([first, second]).pairs[0]["difference"]) in result.stdout
     other = subprocess.run([*command, "--against", "ddn"], cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode == 0, other.stderr
+    assert "--against ddn: no other attack of its norm met a model" in other.stderr
+    _run(easy, tmp_path / "c", Linear, AttackSpec("short", "l2", {"steps": 5}, factory=fb.attacks.DDNAttack))
+    several = subprocess.run([*command, "c", "--against", "ddn"], cwd=tmp_path, capture_output=True, text=True)
+    assert several.returncode == 0, several.stderr
+    assert "--against" not in several.stderr
+    assert "alone smallest" in several.stdout
     unknown = subprocess.run([*command, "--against", "pgd"], cwd=tmp_path, capture_output=True, text=True)
     assert unknown.returncode == 2
     assert "expected an attack that met a model" in unknown.stderr

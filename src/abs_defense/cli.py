@@ -207,6 +207,10 @@ def compare(
     for rows in (comparison.table, comparison.pairs, comparison.against):
         if rows:
             typer.echo(tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True) + "\n")
+    compared = {row["against"] for row in comparison.against}
+    for attack in dict.fromkeys(against or ()):
+        if attack not in compared:
+            typer.echo(f"--against {attack}: no other attack of its norm met a model that it met", err=True)
 
 
 def _print_evaluation(result: Evaluation) -> None:
