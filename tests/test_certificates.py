@@ -366,7 +366,8 @@ def test_images_on_the_threshold_are_dark_and_flip_at_no_distance():
 
 # Edge cases -------------------------------------------------------------------------------------------------------
 
-pixel = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.0, 1.0, width=32))
+# Multiples of 2^-16, whose energies have no rounding error: a tie is a tie here and in the proof.
+pixel = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**16).map(lambda n: n / 2**16))
 
 
 @st.composite

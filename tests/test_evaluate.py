@@ -1,4 +1,5 @@
 import csv
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -833,7 +834,7 @@ def test_pieces_say_what_they_are(four, tmp_path):
     assert manifest["seed"] == 3
     assert manifest["attack_settings"]["steps"] == 4
     assert manifest["images_sha256"] == four.sha256()
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
     assert manifest["model_settings"]["steps"] == 0
 
 

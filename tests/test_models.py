@@ -351,12 +351,12 @@ def test_autocast_does_not_change_logits_or_gradients(with_gradient, digits, dty
 @pytest.fixture
 def settings_of_products():
     """Where torch keeps which products may be reduced, and what is set there; afterwards as it was."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has no settings of precision by backend")
     places = [(torch.backends, "fp32_precision")]
     places += [(torch.backends.mkldnn.matmul, "fp32_precision"), (torch.backends.mkldnn.conv, "fp32_precision")]
     places += [(torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.conv, "fp32_precision")]
     places += [(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")]
-    if not hasattr(*places[0]):
-        pytest.skip("this torch has no settings of precision by backend")
     yield lambda: [getattr(*place) for place in places]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True

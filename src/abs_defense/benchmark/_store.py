@@ -81,4 +81,5 @@ class Store:
     def save(self, key: PieceKey, arrays: Arrays) -> None:
         manifest = json.dumps(asdict(key), sort_keys=True, default=repr)
         with replace_atomically(self.folder / key.file) as path, path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, manifest=np.array(manifest), **arrays)
+            # Without allow_pickle, which numpy before 2.2 would store as one more array.
+            np.savez_compressed(file, manifest=np.array(manifest), **arrays)  # type: ignore[arg-type]
