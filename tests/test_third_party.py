@@ -32,7 +32,7 @@ QUICK = {
     "ART": """AutoProjectedGradientDescent BasicIterativeMethod DeepFool FastGradientMethod HopSkipJump
         MomentumIterativeMethod ProjectedGradientDescent SaliencyMapMethod SpatialTransformation
         UniversalPerturbation TargetedUniversalPerturbation""",
-    "torchattacks": """APGD APGDT BIM CW DIFGSM EOTPGD FAB FFGSM FGSM Jitter MIFGSM MultiAttack NIFGSM OnePixel PGD
+    "torchattacks": """APGD APGDT BIM CW DIFGSM EOTPGD FAB FFGSM FGSM Jitter MIFGSM MultiAttack OnePixel PGD
         PGDL2 Pixle RFGSM SINIFGSM SPSA Square TPGD UPGD VMIFGSM""",
     "adv-lib": "alma apgd apgd_targeted ddn df fab fmn pgd_linf sigma_zero tr",
     "AutoAttack": "apgd-ce apgd-dlr apgd-t fab square",
