@@ -371,7 +371,7 @@ pixel = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**16).map(la
 
 
 @st.composite
-def edge_problems(draw, dtype=np.float64, max_dims=5, low=0.0, high=1.0):
+def edge_problems(draw, dtype=np.float64, max_dims=5, low=0.0, high=1.0, pixel=pixel):
     """Images at the box's edges, points that coincide, ties, pixels that are all equal. Labels at times wrong."""
     classes, count, dims = draw(st.integers(2, 3)), draw(st.integers(1, 4)), draw(st.integers(1, max_dims))
     value = pixel.map(lambda v: low + (high - low) * v)
@@ -413,6 +413,16 @@ def test_binary_edge_cases_are_sound(problem, norm):
     radius = bisector_radius(problem, norm, threshold=0.5)
     assert not math.isnan(radius)
     assert 0.0 <= radius <= max(0.0, flip_radius(problem, norm)) + ROUNDING
+
+
+@settings(max_examples=50)
+@given(edge_problems(pixel=st.floats(0.0, 1.0, width=32)), st.sampled_from(NORM_NAMES))
+def test_differences_that_rounding_swallows(problem, norm):
+    """What the rounded energies say of ties proves nothing here; the radii are numbers."""
+    assert bisector_radius(problem, norm, threshold=0.5) >= 0.0
+    problem = without_gamma(problem)
+    assert bisector_radius(problem, norm) >= 0.0
+    assert exact(problem).radius >= 0.0
 
 
 @settings(max_examples=50)
